@@ -1,0 +1,47 @@
+# Needs Python 3.11, pip, gcc, make and git; everything else goes into .venv. `make` alone lists the targets.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV ?= .venv
+PROCESSES ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+# One thread a process: the models are small, and processes side by side use the cores better.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow check format clean
+
+help: ## list the targets
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## create .venv and install the project with its development tools
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[dev]'
+	@touch $@
+
+train: $(STAMP) ## set up, then run the main job; more in ARGS, e.g. make train ARGS="seed=1 system=bagel"
+	$(BIN)/python src/train.py experiment=symbiotic $(ARGS)
+
+test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARGS
+	$(BIN)/python -m pytest -n $(PROCESSES) $(ARGS)
+
+test-slow: $(STAMP) ## the tests that take minutes each
+	$(BIN)/python -m pytest -m slow -n $(PROCESSES) $(ARGS)
+
+check: $(STAMP) ## style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## apply style fixes and the format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## remove caches and build output; .venv, runs, data and cached parents stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests conf -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,283 @@
+"""The arc of one run: data -> stage 0 -> profile -> split -> joint training -> evaluation -> summary.
+
+Each step is cached by what it depends on, says what it does and where its files are, and is skipped when its files
+are there: the same command started again goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from symbiotic.callbacks.csv_log import CSVLog
+from symbiotic.callbacks.in_loop_evaluation import SCORES, InLoopEvaluation, read_scores, record_scores
+from symbiotic.callbacks.log import StepLog
+from symbiotic.callbacks.lr_phases import LRPhases
+from symbiotic.callbacks.progress import Progress
+from symbiotic.callbacks.sample_grid import SampleGrid
+from symbiotic.config import instantiate, save_config
+from symbiotic.convert.profile import expert_counts
+from symbiotic.convert.receipt import receipt
+from symbiotic.convert.split import assign, split_state
+from symbiotic.data.loader import MicroBatches
+from symbiotic.data.plan import DataPlan
+from symbiotic.data.shards import ShardIndex
+from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.evaluation.benchmark import measuring, write_jsonl
+from symbiotic.evaluation.captions import read_captions
+from symbiotic.evaluation.embedded import EmbeddedEvaluation, Scores
+from symbiotic.evaluation.prompts import pictures
+from symbiotic.evaluation.scorers import launch_scorers
+from symbiotic.fit import fit
+from symbiotic.layout import parent_system
+from symbiotic.models.unified import UnifiedModel
+from symbiotic.runs import Journal, digest, load_state, locked, read_json, save_state, source_hash, write_json
+from symbiotic.schema import Config, Mix, Phase, Phases, RunError
+from symbiotic.studies import console, summary
+from symbiotic.training.roles import assign_roles
+
+GENERATION_SETS = ("t2i", "t2i_long")
+
+
+def run(config: Config) -> float:
+    """Run the whole arc; returns the score named `metric` (NaN for a dry run).
+
+    Raises:
+        ConfigError, DataError, RunError: what is wrong, in one line.
+    """
+    torch.set_num_threads(config.threads)
+    model = UnifiedModel(config.model, config.system).initialise(config.seed)
+    roles = assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
+    summary.show_plan(config, model, set(roles.values()))
+    if config.dry_run:
+        return math.nan
+    del model
+    return Arc(config).run()
+
+
+class Arc:
+    """One run of one config; its folders, and what earlier steps made for later ones."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.folder, self.cache = Path(config.run_dir), Path(config.paths.cache)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_config(config, self.folder / "config.yaml")
+            self.cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
+        self.journal = Journal(self.cache / "seconds.json")
+        self.scorers: subprocess.Popen[bytes] | None = None
+
+    def run(self) -> float:
+        done = summary.finished(self.folder, self.config)
+        if done is not None:
+            print(f"{self.folder} is finished; its summary:\n{(self.folder / 'summary.txt').read_text()}")
+            return done
+        self.prepare_data()
+        try:
+            parent = self.parent()
+            state = self.split(parent)
+            scores = self.joint(state)
+        finally:
+            if self.scorers is not None:
+                self.scorers.wait()
+        return summary.write(self, scores)
+
+    # ------------------------------------------------------------------ data
+
+    def prepare_data(self) -> None:
+        source = instantiate(self.config.data.source, "data.source")
+        self.fingerprint: str = source.fingerprint
+        with self.journal.step("data", self.fingerprint, "write the corpus, once, or find it", Path(source.folder)):
+            self.data: Path = source.prepare()
+            self.index = ShardIndex.load(self.data / "index.npz")
+        self.evaluation = EmbeddedEvaluation(
+            self.data, self.config.evaluation, self.config.objective, self.config.evaluation.scorers
+        )
+        self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)
+
+    def dataset(self, config: Config, generation: bool) -> MicroBatches:
+        objective = config.objective if generation else None
+        return MicroBatches(self.data, DataPlan(self.index, config.mix, config.data, config.seed, objective))
+
+    # ------------------------------------------------------------------ stage 0
+
+    def parent(self) -> dict[str, Tensor]:
+        """The understanding-only parent: from a checkpoint, from the cache, or trained now."""
+        config = stage0_config(self.config)
+        given = self.config.init.checkpoint
+        if given is not None:
+            self.parent_name = given
+            state = load_state(Path(given))
+            check_parent(state, config, given)
+            with self.journal.step("anchor", digest(asdict(config.model)), "evaluate the parent", Path(given)):
+                self.stage0_scores = dict(self.evaluate(built(config, state, latents=False)))
+            return state
+        key = stage0_key(config, self.fingerprint)
+        folder = self.cache / "stage0" / key
+        self.parent_name = f"stage 0 {key}"
+        path, steps = folder / "parent.safetensors", config.phases.steps
+        with locked(folder / "lock"):
+            what = "take the cached parent" if path.is_file() else f"train the parent on understanding, {steps} steps"
+            with self.journal.step("stage 0", f"{key}/{path.is_file()}", what, folder):
+                state = load_state(path) if path.is_file() else self.train_parent(config, folder)
+                self.stage0_scores = self.anchor(config, state, folder)
+        return state
+
+    def train_parent(self, config: Config, folder: Path) -> dict[str, Tensor]:
+        callbacks = [StepLog(config.log_every), LRPhases(), Progress(config.log_every, label="stage 0")]
+        module, _ = fit(config, folder, self.dataset(config, False), callbacks, [CSVLog(str(folder))], latents=False)
+        state = module.model.state_dict()
+        save_config(config, folder / "config.yaml")
+        save_state(folder / "parent.safetensors", state, data=self.fingerprint)
+        return dict(state)
+
+    def anchor(self, config: Config, state: dict[str, Tensor], folder: Path) -> dict[str, float]:
+        """Scores of the parent, kept beside it."""
+        path = folder / f"scores-{self.evaluation_key()}.json"
+        known = read_json(path)
+        if known is None:
+            known = dict(self.evaluate(built(config, state, latents=False)))
+            write_json(path, known)
+        return known
+
+    # ------------------------------------------------------------------ profile and split
+
+    def split(self, parent: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state that joint training starts from, with a receipt of what went where."""
+        config, path = self.config, self.folder / "init.safetensors"
+        found = read_json(self.folder / "receipt.json")
+        if path.is_file() and found is not None and 0 in read_scores(self.folder / SCORES):
+            return load_state(path)
+        what = f"profile the parent's experts and split them ({config.init.assignment})"
+        with self.journal.step("split", self.evaluation_key(), what, self.folder / "receipt.json"):
+            old = built(stage0_config(config), parent, latents=False)
+            new = UnifiedModel(config.model, config.system)
+            batches = self.profile_batches()
+            counts = expert_counts(old, batches)
+            assignment = assign(counts, config.model, config.system, config.init.assignment, config.seed)
+            new.load_state_dict(split_state(parent, new, assignment, config.seed))
+            found = receipt(old, new, assignment, batches[0]) | {"parent": self.parent_name}
+            save_state(path, new.state_dict())
+            found["iteration_0"] = dict(self.record(new, 0))
+            write_json(self.folder / "receipt.json", found)
+        console.show(console.split_table(found))
+        return dict(new.state_dict())
+
+    def profile_batches(self) -> list[Any]:
+        """Understanding data only; the same for all arms of a seed."""
+        config = stage0_config(self.config)
+        dataset, count = self.dataset(config, False), self.config.init.profile_micro_batches
+        return [dataset[item] for item in range(count)]
+
+    # ------------------------------------------------------------------ joint training
+
+    def joint(self, state: dict[str, Tensor]) -> Scores:
+        config, steps = self.config, self.config.phases.steps
+        dataset = self.dataset(config, True)
+        summary.show_tokens(dataset.plan.tokens_by_task(steps), steps)
+        key = digest([asdict(config.model), config.system.name, steps])
+        with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
+            module, self.logged = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
+            save_state(self.folder / "model.safetensors", module.model.state_dict())
+        with self.journal.step("evaluation", self.evaluation_key(), "evaluate the final model", self.folder / SCORES):
+            return self.record(module.model, steps)
+
+    def callbacks(self) -> list[Any]:
+        nodes = self.config.callbacks.items()
+        made = [instantiate(node, f"callbacks.{name}") for name, node in nodes if node is not None]
+        for callback in made:
+            if isinstance(callback, InLoopEvaluation):
+                callback.evaluate = self.evaluate
+            if isinstance(callback, SampleGrid):
+                callback.draw = self.draw
+        return made
+
+    def loggers(self) -> list[Any]:
+        nodes = self.config.logger.items()
+        return [instantiate(node, f"logger.{name}") for name, node in nodes if node is not None]
+
+    # ------------------------------------------------------------------ evaluation
+
+    def evaluation_key(self) -> str:
+        return digest([asdict(self.config.evaluation), self.fingerprint, asdict(self.config.objective)])
+
+    def evaluate(self, model: nn.Module) -> Scores:
+        return self.evaluation.run(model, self.config.seed)
+
+    def draw(self, model: nn.Module, count: int) -> tuple[Any, list[str]]:
+        """Images for the first captions of the generation benchmark, as the evaluation samples them."""
+        captions, pixels = read_captions(self.data / "benchmarks" / "generation", count, [])
+        texts, size = [caption.caption for caption in captions], pixels.shape[1:3]
+        tokenizer = Tokenizer.load(self.data / "tokenizer.json")
+        with measuring(model):
+            images = pictures(model, texts, tokenizer, self.config.objective, size=size, seed=self.config.seed)
+        return images.numpy(), texts
+
+    def record(self, model: nn.Module, step: int) -> Scores:
+        """Evaluate, keep every prediction, add the scores to the run folder."""
+        scores = self.evaluate(model)
+        for problem in scores.problems:
+            print(f"   evaluation: {problem}", flush=True)
+        write_jsonl(self.folder / "predictions" / f"step={step:06d}.jsonl", scores.records)
+        record_scores(self.folder / SCORES, step, scores)
+        return scores
+
+
+def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedModel:
+    model = UnifiedModel(config.model, config.system, latents)
+    model.load_state_dict(state)
+    return model
+
+
+def stage0_config(config: Config) -> Config:
+    """The config of the parent: one pool, one rate, understanding data, no flow loss."""
+    stage0 = config.init.stage0
+    if stage0 is None:  # a parent from a checkpoint: its layout, and understanding data to profile it on
+        dropped = tuple(name for name in config.mix.weights if name in GENERATION_SETS)
+        mix = dataclasses.replace(config.mix, drop=dropped)
+        return dataclasses.replace(config, system=parent_system(config.system), mix=mix)
+    steps = stage0.max_steps
+    rates = dataclasses.replace(
+        config.rates, roles={"all": ("",)}, lr=stage0.lr, by_role={}, warmup=stage0.warmup, decay=stage0.decay
+    )
+    return dataclasses.replace(
+        config,
+        system=parent_system(config.system),
+        rates=rates,
+        phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
+        mix=Mix(stage0.mix.weights, stage0.mix.drop),
+        objective=dataclasses.replace(config.objective, flow_weight=0.0, balance_weight=stage0.balance_weight),
+    )
+
+
+def stage0_key(config: Config, fingerprint: str) -> str:
+    """What a cached parent depends on: model, parent layout, data, steps, rates, objective, seed, and the code."""
+    model = asdict(config.model) | {"gen_fraction": None}
+    data = {name: value for name, value in asdict(config.data).items() if name not in ("source", "sets", "num_workers")}
+    parts = [asdict(part) for part in (config.system, config.rates, config.phases, config.mix, config.objective)]
+    code = source_hash("models", "objectives", "data", "module.py", "training")
+    precision = config.trainer.get("precision")
+    return digest([model, data, parts, fingerprint, config.seed, precision, code])
+
+
+def check_parent(state: dict[str, Tensor], config: Config, path: str) -> None:
+    """Raises RunError where the tensors are not those of the parent that this config needs."""
+    want = UnifiedModel(config.model, config.system, latents=False).state_dict()
+    for name in want:
+        if name not in state:
+            raise RunError(f"{path}: no parameter {name!r}; the parent of this system has it")
+        if state[name].shape != want[name].shape:
+            sizes = f"{list(state[name].shape)}, this config needs {list(want[name].shape)}"
+            raise RunError(f"{path}: {name} is {sizes}")
+    for name in set(state) - set(want):
+        del state[name]

@@ -1,0 +1,133 @@
+"""Options that were set on purpose and would change nothing: refused by name, not ignored.
+
+Only what the user set counts (the command line, an ablation): a default without effect is no mistake, or
+`system=standard_moe` could not run under the same experiment as `system=symbiotic`. Standard library only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from symbiotic.layout import parameter_names, shared_scopes, shield_kinds
+from symbiotic.schema import Config, ConfigError
+from symbiotic.training.roles import assign_roles
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the rules look at: the typed config, and the composed one with its interpolations unresolved."""
+
+    config: Config
+    raw: Mapping[str, Any]
+
+    def refers(self, group: str, key: str) -> bool:
+        """Whether the values of `group` are made of `key`."""
+        node: Any = self.raw
+        for part in group.split("."):
+            node = node[part]
+        return key in str(node)
+
+
+Rule = Callable[[Setting, str], str | None]
+"""Setting, full key -> why the key has no effect, or None if it has one."""
+
+
+def _shield_level(s: Setting, key: str) -> str | None:
+    if not shield_kinds(s.config.system):
+        return f"system={s.config.system.name} has no shield targets, or system.shield.mode is none"
+    return None if s.refers("phases.list", key) else "no entry of phases.list refers to it"
+
+
+def _phase_steps(s: Setting, key: str) -> str | None:
+    return None if s.refers("phases.list", key) else "no entry of phases.list refers to it"
+
+
+def _shield_targets(s: Setting, key: str) -> str | None:
+    off = s.config.system.shield.mode == "none"
+    return "system.shield.mode is none; set it to output, weights or strict" if off else None
+
+
+def _gen_fraction(s: Setting, key: str) -> str | None:
+    return None if s.refers("system.pools", key) else f"no pool of system={s.config.system.name} is sized by it"
+
+
+def _routed(s: Setting, key: str) -> str | None:
+    return None if s.config.system.pools else f"system={s.config.system.name} has no routed experts"
+
+
+def _split(s: Setting, key: str) -> str | None:
+    if len(s.config.system.pools) > 1:
+        return None
+    return f"system={s.config.system.name} has no pools to split experts into"
+
+
+def _shared(s: Setting, key: str) -> str | None:
+    return None if shared_scopes(s.config.system) else f"system={s.config.system.name} has no shared expert"
+
+
+def _dense(s: Setting, key: str) -> str | None:
+    return None if s.config.model.dense_layers else "model.dense_layers is empty"
+
+
+def _stage0(s: Setting, key: str) -> str | None:
+    return "no stage 0 is trained, as init.checkpoint is given" if s.config.init.checkpoint is not None else None
+
+
+def _generation(s: Setting, key: str) -> str | None:
+    mix = s.config.mix
+    trained = [name for name, weight in mix.weights.items() if weight > 0 and name not in mix.drop]
+    return None if any(name.startswith("t2i") for name in trained) else "the mix trains no generation samples"
+
+
+def _role(s: Setting, key: str) -> str | None:
+    role = key.split(".")[2]
+    names = parameter_names(s.config.model, s.config.system)
+    if role not in s.config.rates.by_role:
+        return None  # set to null: the rate `lr`
+    assigned = assign_roles(names, s.config.rates.roles)
+    return None if role in assigned.values() else f"system={s.config.system.name} has no parameter of the role {role}"
+
+
+RULES: dict[str, Rule] = {
+    "phases.steps": _phase_steps,
+    "phases.shield_steps": _shield_level,
+    "phases.release_scale": _shield_level,
+    "system.shield.targets*": _shield_targets,
+    "model.gen_fraction": _gen_fraction,
+    "model.num_experts": _routed,
+    "model.router.normalize": _routed,
+    "model.router.score": _routed,
+    "model.router.scale": _routed,
+    "objective.balance_weight": _routed,
+    "objective.z_weight": _routed,
+    "init.stage0.balance_weight": _routed,
+    "init.assignment": _split,
+    "init.profile_micro_batches": _split,
+    "model.shared_hidden": _shared,
+    "model.gated_shared": _shared,
+    "model.dense_hidden": _dense,
+    "init.stage0*": _stage0,
+    "objective.flow_weight": _generation,
+    "objective.time_*": _generation,
+    "objective.caption_dropout": _generation,
+    "rates.by_role.*": _role,
+}
+"""Pattern of full keys -> rule."""
+
+
+def check_effects(config: Config, raw: Mapping[str, Any], explicit: Mapping[str, str]) -> None:
+    """explicit: full key -> how it was set, as the user wrote it (`phases.shield_steps=100`, `ablation=ratio_3_1`).
+
+    Raises:
+        ConfigError: one of them has no effect; the message names it and says why.
+    """
+    setting = Setting(config, raw)
+    for key, written in explicit.items():
+        for pattern, rule in RULES.items():
+            why = rule(setting, key) if fnmatchcase(key, pattern) else None
+            if why:
+                through = f" (through {key})" if not written.lstrip("+").startswith(key) else ""
+                raise ConfigError(f"{written}: has no effect{through}: {why}")

@@ -1,0 +1,41 @@
+"""What most rules are made of; each raises `ConfigError` with one line: key=value: what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from symbiotic.schema import ConfigError, near_miss
+
+
+def require(ok: bool, key: str, value: Any, right: str) -> None:
+    if not ok:
+        raise ConfigError(f"{key}={plain(value)}: {right}")
+
+
+def plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return f"[{','.join(map(plain, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def at_least(config: object, prefix: str, lowest: float, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        require(lowest <= value < float("inf"), f"{prefix}{name}", value, f"must be at least {lowest:g}")
+
+
+def positive(config: object, prefix: str, names: str) -> None:
+    for name in names.split():
+        require(0 < getattr(config, name) < float("inf"), f"{prefix}{name}", getattr(config, name), "must be positive")
+
+
+def share(config: object, prefix: str, names: str) -> None:
+    for name in names.split():
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{prefix}{name}", value, "must lie in [0, 1]")
+
+
+def known(key: str, words: Iterable[str], known: Iterable[str], what: str) -> None:
+    for word in words:
+        require(word in set(known), key, word, f"no such {what}; {near_miss(word, known)}")

@@ -1,0 +1,217 @@
+"""Rules that need several keys: whether a config that parses can also run, and whether all that was set matters.
+
+Standard library only (the roles are pure text matching). `check` raises `ConfigError` with one line: key, value,
+what would be right. Types, unknown and missing keys are `schema.parse`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from symbiotic.checks.rules import at_least, known, plain, positive, require, share
+from symbiotic.checks.system import check_layout
+from symbiotic.layout import parameter_names
+from symbiotic.schema import Config, ConfigError, Mix, Phase, Phases, near_miss
+from symbiotic.training.roles import assign_roles
+
+METRICS = (
+    "knowledge_replayed",
+    "knowledge_unreplayed",
+    "reading",
+    "embedded_acc",
+    "embedded_acc_held_out",
+    "embedded_clip",
+    "embedded_fd",
+    "flow_error",
+)
+"""Scores of the embedded benchmarks, any of which `metric` may name."""
+
+_TRAINER = """
+    accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs
+    max_steps min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches
+    overfit_batches val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps
+    enable_checkpointing enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val
+    gradient_clip_algorithm deterministic benchmark inference_mode use_distributed_sampler profiler
+    detect_anomaly barebones plugins sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir
+    enable_autolog_hparams model_registry
+"""
+TRAINER_KEYS = frozenset(_TRAINER.split())
+"""Arguments of lightning.Trainer; a test holds them against its signature."""
+
+_BY_RUN = ("plugins", "use_distributed_sampler", "num_sanity_val_steps", "limit_val_batches", "enable_model_summary")
+TRAINER_SET_BY = {
+    "max_steps": "phases.steps",
+    "max_epochs": "phases.steps",
+    "accumulate_grad_batches": "data.micro_batches and trainer.devices",
+    "gradient_clip_val": "rates.clip",
+    "callbacks": "the group callbacks",
+    "logger": "the group logger",
+    "default_root_dir": "paths.runs",
+    "log_every_n_steps": "log_every",
+    "enable_progress_bar": "callbacks.progress",
+    **dict.fromkeys(_BY_RUN, "the way a run works"),
+}
+"""Arguments of lightning.Trainer that follow from other keys."""
+
+
+def check(config: Config) -> None:
+    """All rules on values, cheapest first.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    _run(config)
+    check_layout(config.model, config.system)
+    _phases(config.phases)
+    _rates(config)
+    _mix("mix", config.mix, config.data.sets)
+    _objective(config)
+    _init(config)
+    _data(config)
+
+
+# --------------------------------------------------------------------------- the run
+
+
+def _run(config: Config) -> None:
+    at_least(config, "", 0, "seed")
+    at_least(config, "", 1, "threads log_every save_every")
+    require(config.seed < 2**32, "seed", config.seed, "must be below 2**32")
+    require(bool(re.fullmatch(r"[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
+    known("metric", [config.metric], METRICS, "score")
+    for name in ("data", "cache"):
+        ancestor = _existing(Path(getattr(config.paths, name)))
+        require(ancestor.is_dir(), f"paths.{name}", getattr(config.paths, name), f"{ancestor} is a file, not a folder")
+    _writable(config)
+
+
+def _existing(path: Path) -> Path:
+    """The nearest ancestor that exists, `path` itself included."""
+    path = path.absolute()
+    return next(p for p in (path, *path.parents) if os.path.lexists(p))
+
+
+def _writable(config: Config) -> None:
+    ancestor = _existing(Path(config.run_dir))
+    if not ancestor.is_dir():
+        raise ConfigError(f"paths.runs={config.paths.runs}: no run folder can be made: {ancestor} is a file")
+    try:
+        Path(tempfile.mkdtemp(prefix=".probe-", dir=ancestor)).rmdir()
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"paths.runs={config.paths.runs}: cannot write a run folder in {ancestor}: {why}") from None
+
+
+# --------------------------------------------------------------------------- optimisation
+
+
+def _phases(phases: Phases) -> None:
+    at_least(phases, "phases.", 1, "steps")
+    at_least(phases, "phases.", 0, "shield_steps")
+    right = f"must be at most phases.steps={phases.steps}"
+    require(phases.shield_steps <= phases.steps, "phases.shield_steps", phases.shield_steps, right)
+    share(phases, "phases.", "release_scale")
+    if not phases.list:
+        raise ConfigError("phases.list=[]: must hold at least one phase with until > 0")
+    before = 0
+    for i, phase in enumerate(phases.list):
+        right = f"must be above {before}, where the phase before ends" if before else "must be positive"
+        require(phase.until > before, f"phases.list[{i}].until", phase.until, right)
+        _phase(f"phases.list[{i}]", phase)
+        before = phase.until
+    right = f"the last phase must end at phases.steps={phases.steps}"
+    require(before == phases.steps, f"phases.list[{len(phases.list) - 1}].until", before, right)
+
+
+def _phase(key: str, phase: Phase) -> None:
+    share(phase, f"{key}.", "shield")
+    require(phase.balance is None or phase.balance >= 0, f"{key}.balance", phase.balance, "must not be negative")
+    for role, factor in phase.rate.items():
+        require(factor >= 0, f"{key}.rate.{role}", factor, "must not be negative")
+
+
+def _rates(config: Config) -> None:
+    rates = config.rates
+    positive(rates, "rates.", "lr")
+    at_least(rates, "rates.", 0, "warmup clip")
+    share(rates, "rates.", "decay")
+    known("rates.by_role", rates.by_role, rates.roles, "role")
+    for role, rate in rates.by_role.items():
+        ok = rate is None or 0 < rate < float("inf")
+        require(ok, f"rates.by_role.{role}", rate, "must be positive, or null for rates.lr")
+    for i, phase in enumerate(config.phases.list):
+        known(f"phases.list[{i}].rate", phase.rate, rates.roles, "role")
+        known(f"phases.list[{i}].frozen", phase.frozen, rates.roles, "role")
+    require("lr" not in rates.optimizer, "rates.optimizer.lr", rates.optimizer.get("lr"), "set rates.lr in its place")
+    for role, patterns in rates.roles.items():
+        for pattern in patterns:
+            _compiles(f"rates.roles.{role}", pattern)
+    assign_roles(parameter_names(config.model, config.system), rates.roles)
+
+
+def _compiles(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(f"{key}={pattern}: no regular expression: {error}") from None
+
+
+def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
+    known(f"{key}.weights", mix.weights, sets, "set in data.sets")
+    for name, weight in mix.weights.items():
+        require(0 <= weight < float("inf"), f"{key}.weights.{name}", weight, "must not be negative")
+    known(f"{key}.drop", mix.drop, mix.weights, f"set in {key}.weights")
+    left = [name for name, weight in mix.weights.items() if weight > 0 and name not in mix.drop]
+    require(bool(left), f"{key}.drop", mix.drop, f"nothing is left of {key}.weights; some set must have a weight")
+
+
+def _objective(config: Config) -> None:
+    objective = config.objective
+    at_least(objective, "objective.", 0, "ce_weight flow_weight balance_weight z_weight time_std")
+    share(objective, "objective.", "caption_dropout")
+    at_least(objective.sampler, "objective.sampler.", 1, "steps")
+    at_least(objective.sampler, "objective.sampler.", 0, "guidance")
+    positive(objective.sampler, "objective.sampler.", "time_shift")
+    at_least(config.evaluation, "evaluation.", 0, "every")
+    at_least(config.evaluation, "evaluation.", 1, "questions readings images batch_size")
+
+
+# --------------------------------------------------------------------------- start and data
+
+
+def _init(config: Config) -> None:
+    init, stage0 = config.init, config.init.stage0
+    at_least(init, "init.", 1, "profile_micro_batches")
+    if init.checkpoint is not None:
+        require(Path(init.checkpoint).is_file(), "init.checkpoint", init.checkpoint, "no such file")
+    elif stage0 is None:
+        raise ConfigError("init.checkpoint=null: must be the path of a checkpoint, as init.stage0 is null")
+    if stage0 is not None:
+        at_least(stage0, "init.stage0.", 1, "max_steps")
+        at_least(stage0, "init.stage0.", 0, "warmup balance_weight")
+        positive(stage0, "init.stage0.", "lr")
+        share(stage0, "init.stage0.", "decay")
+        _mix("init.stage0.mix", stage0.mix, config.data.sets)
+
+
+def _data(config: Config) -> None:
+    data, trainer = config.data, config.trainer
+    at_least(data, "data.", 1, "samples row_tokens micro_batches")
+    at_least(data, "data.", 0, "num_workers")
+    for name in trainer:
+        if name not in TRAINER_KEYS:
+            raise ConfigError(f"trainer.{name}: no argument of lightning.Trainer; {near_miss(name, TRAINER_KEYS)}")
+    for name, owner in TRAINER_SET_BY.items():
+        if name in trainer:
+            raise ConfigError(f"trainer.{name}={plain(trainer[name])}: must not be set; it follows from {owner}")
+    ranks = 1
+    for name in ("devices", "num_nodes"):
+        count = trainer.get(name, 1)
+        whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
+        require(whole, f"trainer.{name}", count, "must be a whole number, at least 1")
+        ranks *= count
+    right = f"must be a multiple of the {ranks} devices that share a step; set data.micro_batches={ranks}"
+    require(data.micro_batches % ranks == 0, "data.micro_batches", data.micro_batches, right)

@@ -1,0 +1,273 @@
+"""From the command line to typed configs: compose, validate every member of a multirun before any starts, launch.
+
+Nothing here imports torch: a wrong config costs one line on stderr, exit status 2, and no run folder. Hydra composes
+and launches; its search for near misses, its tracebacks and its time-stamped folders are replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from symbiotic.checks.effects import check_effects
+from symbiotic.checks.targets import ALLOWED, check_arguments, check_targets, signature_arguments
+from symbiotic.checks.values import check
+from symbiotic.hints import COMPOSE_ERRORS, explain
+from symbiotic.schema import Config, ConfigError, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+
+VOLATILE = ("hydra", "run_dir", "name", "paths", "threads", "dry_run", "log_every", "save_every", "metric", "logger")
+"""Top-level keys that do not change what a run computes: they are left out of the run folder's hash. So are the seed,
+which the folder's name shows, `data.num_workers`, and the keys of the trainer that only say where the run runs."""
+
+LISTS = ("ablation", "callbacks", "logger")
+"""Groups of which several options may be chosen at once: `ablation=[a,b]`."""
+
+VOLATILE_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
+
+# --------------------------------------------------------------------------- the run folder
+
+
+def run_name(raw: Mapping[str, Any]) -> str:
+    """`<system>-<hash8>-seed<k>`: a function of the composed config, of its machine independent part only.
+
+    raw: the composed config with its interpolations unresolved.
+    """
+    fixed: dict[str, Any] = {"run_dir": "", "name": "", "seed": 0, "log_every": 1, "save_every": 1}
+    fixed["paths"] = {"runs": "runs", "data": "data", "cache": "cache"}
+    plain = resolved({**{k: v for k, v in raw.items() if k != "hydra"}, **fixed})
+    kept = {k: v for k, v in plain.items() if k not in (*VOLATILE, "seed", "ablation")}
+    kept["trainer"] = {k: v for k, v in (kept.get("trainer") or {}).items() if k not in VOLATILE_TRAINER}
+    kept["data"] = {k: v for k, v in kept["data"].items() if k != "num_workers"}
+    kept["system"] = {**kept["system"], "pools": list(kept["system"].get("pools", {}).items())}  # their order counts
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    return f"{kept['system']['name']}-{digest}-seed{raw['seed']}"
+
+
+def _register_resolvers() -> None:
+    """At import, so that a launcher's worker process has them as soon as it unpickles `job`."""
+
+    def name_of(*, _root_: DictConfig) -> str:
+        return run_name(_as_dict(OmegaConf.to_container(_root_, resolve=False)))
+
+    OmegaConf.register_new_resolver("run_name", name_of, replace=True)
+    OmegaConf.register_new_resolver("complement", lambda x: round(1.0 - float(x), 12), replace=True)
+    OmegaConf.register_new_resolver("under_root", lambda name: str(ROOT / name), replace=True)
+
+
+_register_resolvers()
+
+# --------------------------------------------------------------------------- composed -> typed
+
+
+def _as_dict(container: Any) -> dict[str, Any]:
+    assert isinstance(container, dict)
+    return container
+
+
+def resolved(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Interpolations replaced, and what a config may leave open closed: roles set to null have the common rate,
+    phases without a step and a stage 0 that a checkpoint replaces are left out."""
+    plain = _as_dict(OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True))
+    rates, phases, init = (plain.get(group) for group in ("rates", "phases", "init"))
+    if isinstance(rates, dict) and isinstance(rates.get("by_role"), dict):
+        rates["by_role"] = {role: rate for role, rate in rates["by_role"].items() if rate is not None}
+    if isinstance(phases, dict) and isinstance(phases.get("list"), list):
+        phases["list"] = _lasting(phases)
+    if isinstance(init, dict) and init.get("checkpoint") is not None:
+        init["stage0"] = None
+    return plain
+
+
+def _lasting(phases: Mapping[str, Any]) -> list[Any]:
+    listed = [p for p in phases["list"] if not (isinstance(p, dict) and p.get("until") == 0)]
+    to_the_end = phases.get("shield_steps") == phases.get("steps")
+    if to_the_end and len(listed) > 1 and listed[-2].get("until") == listed[-1].get("until"):
+        listed.pop()
+    return listed
+
+
+def load(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> Config:
+    """The typed, validated config of one run.
+
+    raw: composed and unresolved, without Hydra's own node. choices: option of each group. overrides: as typed.
+
+    Raises:
+        ConfigError: anything that is wrong with it.
+    """
+    ablated = ablations(choices, overrides)
+    extra = {"ablation": ablated}
+    parse(Config, resolved({**raw, "run_dir": ""}) | extra)  # first without the folder, whose name is made of the rest
+    plain = resolved({**raw, "run_dir": OmegaConf.create(dict(raw))["run_dir"]}) | extra
+    config = parse(Config, plain)
+    built = {f"{group}.{name}": node for group in ("callbacks", "logger") for name, node in plain[group].items()}
+    for key, node in {**built, "data.source": config.data.source, "rates.optimizer": config.rates.optimizer}.items():
+        if node is not None:
+            check_targets(node, key)
+    check(config)
+    check_effects(config, raw, explicit_keys(ablated, overrides))
+    return config
+
+
+def explicit_keys(ablated: Sequence[str], overrides: Sequence[str]) -> dict[str, str]:
+    """Full key -> how the user set it: on the command line (or as a sweep's parameter), or through an ablation."""
+    keys = {key: f"ablation={name}" for name in ablated for key in _ablated(name)}
+    for key, value, written in _assignments(overrides):
+        is_group = (CONF / key).is_dir()
+        if is_group and isinstance(value, list) and key not in LISTS:
+            raise ConfigError(f"{written}: {key} takes one option; only {' and '.join(LISTS)} take lists")
+        if not (is_group and isinstance(value, (str, list))):
+            keys.update(dict.fromkeys(_leaves(key, value), written))
+    return keys
+
+
+def _assignments(overrides: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Key, value and text of every override that sets something."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    for override in OverridesParser.create().parse_overrides(list(overrides)):
+        if not override.is_delete():
+            yield override.key_or_group, override.value(), override.input_line or override.key_or_group
+
+
+def ablations(choices: Mapping[str, Any], overrides: Sequence[str]) -> list[str]:
+    """The ablations chosen; Hydra's table of choices lacks a group of which a list was chosen."""
+    typed = [value for key, value, _ in _assignments(overrides) if key == "ablation"]
+    chosen = typed[-1] if typed else choices.get("ablation") or "none"
+    return [str(name) for name in ([chosen] if isinstance(chosen, str) else chosen) if name != "none"]
+
+
+def _ablated(name: str) -> dict[str, Any]:
+    path = CONF / "ablation" / f"{name}.yaml"
+    node = yaml.safe_load(path.read_text()) if path.is_file() else None
+    return {k: v for top, value in (node or {}).items() if top != "defaults" for k, v in _leaves(top, value).items()}
+
+
+def _leaves(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not value:
+        return {key: value}
+    return {k: v for name, child in value.items() for k, v in _leaves(f"{key}.{name}", child).items()}
+
+
+# --------------------------------------------------------------------------- composing
+
+
+class Composer:
+    """Hydra's own composition with errors as one line. Use inside `hydra.initialize_config_dir`."""
+
+    def __init__(self, config_name: str = "train") -> None:
+        from hydra.core.global_hydra import GlobalHydra
+
+        self.hydra, self.config_name = GlobalHydra.instance().hydra, config_name
+        assert self.hydra is not None
+
+    def composed(self, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
+        """Raises ConfigError."""
+        from hydra.types import RunMode
+
+        assert self.hydra is not None
+        try:
+            return self.hydra.compose_config(
+                config_name=self.config_name,
+                overrides=list(overrides),
+                run_mode=RunMode.MULTIRUN if multirun else RunMode.RUN,
+                validate_sweep_overrides=not multirun,
+            )
+        except Exception as error:  # OmegaConf also raises AttributeError, AssertionError, …
+            raise ConfigError(explain(error, overrides, self.known, CONF)) from error
+
+    def known(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
+        """Keys that may be set, and the groups, where only those of `overrides` hold that choose an option."""
+        groups = {path.name: None for path in CONF.iterdir() if path.is_dir()}
+        try:
+            cfg = self.composed([o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o])
+        except ConfigError:
+            cfg = self.composed([])
+        return {**groups, **_as_dict(OmegaConf.to_container(cfg, resolve=False))}
+
+    def config(self, overrides: Sequence[str]) -> Config:
+        """The validated config of one run; raises ConfigError."""
+        cfg = self.composed(overrides)
+        raw = _as_dict(OmegaConf.to_container(cfg, resolve=False))
+        hydra = raw.pop("hydra")
+        choices, task = hydra["runtime"]["choices"], hydra["overrides"]["task"]
+        try:
+            config = load(raw, choices, task)
+        except COMPOSE_ERRORS as error:  # interpolations resolve late
+            raise (
+                error if isinstance(error, ConfigError) else ConfigError(explain(error, task, self.known, CONF))
+            ) from error
+        self.check_ablations(ablations(choices, task), raw, overrides)
+        return config
+
+    def check_ablations(self, names: Sequence[str], raw: Mapping[str, Any], overrides: Sequence[str]) -> None:
+        """Every ablation must have changed something, and nothing may have changed it back."""
+        for name in names:
+            for key, value in _ablated(name).items():
+                now = OmegaConf.select(OmegaConf.create(dict(raw)), key)
+                if now != value and not str(value).startswith("${"):
+                    raise ConfigError(f"ablation={name}: its {key}={value} is overridden by {key}={now}")
+            rest = [o for o in overrides if not o.lstrip("+").startswith("ablation=")]
+            others = ",".join(other for other in names if other != name) or "none"
+            without = _as_dict(OmegaConf.to_container(self.composed([*rest, f"ablation=[{others}]"]), resolve=False))
+            if {k: v for k, v in without.items() if k != "hydra"} == raw:
+                raise ConfigError(f"ablation={name}: changes nothing here")
+
+
+def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
+    """The validated config that `python src/train.py OVERRIDES` would run; for tests and notebooks.
+
+    Raises:
+        ConfigError: anything that is wrong with it, in one line.
+    """
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        return Composer(config_name).config(overrides)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML, beside its target first and then renamed."""
+    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, width=120)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    with os.fdopen(handle, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    Path(temporary).replace(path)
+
+
+# --------------------------------------------------------------------------- building objects
+
+
+def instantiate(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
+    """Build what `_target_` names, with the node's arguments and `arguments`. The only such place in the project.
+
+    key: where the node stands in the config, for messages.
+
+    Raises:
+        ConfigError: a target outside the allow-list, no class, or one that does not take these arguments.
+    """
+    import hydra.utils
+
+    check_targets(node, key)
+    target = node["_target_"]
+    try:
+        cls = hydra.utils.get_class(target)
+    except Exception as error:
+        raise ConfigError(f"{key}._target_={target}: {' '.join(str(error).split())}") from error
+    if not cls.__module__.startswith(ALLOWED) and not f"{cls.__module__}.".startswith(ALLOWED):
+        raise ConfigError(f"{key}._target_={target}: not allowed; it is defined in {cls.__module__}")
+    check_arguments(key, target, node, signature_arguments(cls))
+    return hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})(**arguments)

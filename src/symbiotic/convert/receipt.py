@@ -1,0 +1,84 @@
+"""The receipt of a split: which experts went where, parameters before and after, whether the gates kept their values.
+
+Suffixes: N tokens, D width, C router columns, K of top-k.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symbiotic.convert.profile import router_inputs
+from symbiotic.convert.split import LATENT_MODULES, Assignment
+from symbiotic.models.batch import Batch
+from symbiotic.models.moe import MoE
+from symbiotic.models.routing import route
+from symbiotic.models.unified import UnifiedModel
+
+
+def count_parameters(model: UnifiedModel) -> dict[str, int]:
+    """total, and `latent`: the modules that generation adds to every system."""
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    return {
+        "total": sum(sizes.values()),
+        "latent": sum(n for name, n in sizes.items() if name.startswith(LATENT_MODULES)),
+    }
+
+
+def expert_gates(moe: MoE, x_ND: Tensor, kind_N: Tensor, experts: Tensor) -> Tensor:
+    """[N, E of the parent]: each token's gate of each parent expert, 0 where not chosen.
+
+    experts: [C] the parent's expert behind every column of this layer's routers.
+    """
+    logits_NC = x_ND @ torch.cat(list(moe.routers.values()), dim=1)
+    gates_NK, columns_NK, _ = route(logits_NC, moe.visible_MC[kind_N], moe.cfg)
+    gates_NE = gates_NK.new_zeros(len(x_ND), int(experts.max()) + 1)
+    return gates_NE.scatter_(1, experts[columns_NK], gates_NK)
+
+
+@torch.no_grad()
+def gate_identity(parent: UnifiedModel, child: UnifiedModel, assignment: Assignment, probe: Batch) -> list[dict]:
+    """Per MoE layer, on the hidden states of the parent: the share of tokens whose old top-k lies wholly among the
+    experts that they still see, and the largest change of a gate of such a token.
+
+    Zero up to rounding where the router renormalises its top-k; elsewhere `factor` is the range of the one factor
+    per token by which the gates grew, since masked columns left the softmax.
+    """
+    kind_N = probe.kind.reshape(-1)[probe.segment.reshape(-1) >= 0]
+    layers, rows = iter(assignment), []
+    for old, new, x_ND in zip(parent.blocks, child.blocks, router_inputs(parent, probe), strict=True):
+        if not old.moe.pools:  # type: ignore[union-attr]
+            continue
+        owners = torch.tensor([e for experts in next(layers).values() for e in experts])
+        before = expert_gates(old.moe, x_ND, kind_N, torch.arange(len(owners)))  # type: ignore[arg-type]
+        after = expert_gates(new.moe, x_ND, kind_N, owners[new.moe.expert_C])  # type: ignore[union-attr,arg-type,index]
+        seen = torch.zeros(len(kind_N), len(owners), dtype=torch.bool)
+        seen[:, owners] = child.visible_experts[kind_N]
+        inside = ((before > 0) & ~seen).sum(1) == 0
+        factor = (after.sum(1) / before.sum(1))[inside]
+        change = (after - before * (after.sum(1) / before.sum(1))[:, None])[inside].abs()
+        rows.append(
+            {
+                "tokens_inside": float(inside.float().mean()),
+                "max_gate_change": float(change.max()) if inside.any() else 0.0,
+                "factor": [float(factor.min()), float(factor.max())] if inside.any() else [1.0, 1.0],
+            }
+        )
+    return rows
+
+
+def receipt(parent: UnifiedModel, child: UnifiedModel, assignment: Assignment, probe: Batch) -> dict[str, Any]:
+    """A plain dictionary for `receipt.json`. `added`: by the split itself (copies), the latent modules apart."""
+    before, after = count_parameters(parent), count_parameters(child)
+    return {
+        "experts": assignment,
+        "parameters": {
+            "before": before["total"],
+            "after": after["total"] - after["latent"],
+            "added": after["total"] - after["latent"] - before["total"],
+            "latent_modules": after["latent"],
+        },
+        "gate_identity": gate_identity(parent, child, assignment, probe),
+    }

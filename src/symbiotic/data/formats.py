@@ -1,0 +1,140 @@
+"""Sequence formats: how a record of a shard, or a row of a benchmark, becomes a `Sample`.
+
+    lm        <bos> words... <eos>                       statement: loss on every token; question: on the answer
+    mmu       <bos> <image> [vit] </image> question answer <eos>               loss on the answer and <eos>
+    t2i(_long)<bos> caption <gen> [latents]              loss on caption and <gen>; flow loss on the latents
+    dropped   <bos> <null> <gen> [latents]               no text loss; also the unconditional half of guidance
+
+A record is the JSON of one shard member: `task`, and by task `text` | `prompt`, `answer` | `question`, `answer`,
+`height`, `width` | `caption`, `height`, `width`. Further keys say where the sample comes from.
+Leaving the answer out gives the same sequence as a prefix to continue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from symbiotic.data.errors import DataError
+from symbiotic.data.packing import (
+    GENERATION_TASKS,
+    Array,
+    GenImage,
+    Part,
+    ReadImage,
+    Sample,
+    Text,
+    build_sample,
+)
+from symbiotic.data.tokenizer import BOS, EOS, GEN, IMAGE, IMAGE_END, LETTERS, NULL, Tokenizer
+from symbiotic.models.batch import IGNORE, PROMPT
+from symbiotic.schema import TASKS
+
+
+class Counts(NamedTuple):
+    """Sizes of a sample, and what is left of them when its caption is dropped."""
+
+    tokens: int
+    ce: int  # next-token targets
+    latents: int
+    dropped_tokens: int
+    dropped_ce: int
+
+
+def render_knowledge_prompt(question: str, choices: Sequence[str]) -> str:
+    """A four-choice question in words, up to the place where the answer letter is predicted."""
+    options = " ".join(f"{letter} {choice}" for letter, choice in zip(LETTERS, choices, strict=True))
+    return f"{question} {options} answer"
+
+
+def statement_parts(text: str, tokenizer: Tokenizer) -> list[Part]:
+    """A plain sentence, loss on every token."""
+    return [Text([BOS]), Text([*tokenizer.encode(text), EOS], loss=True)]
+
+
+def question_parts(prompt: str, tokenizer: Tokenizer, answer: str | None = None) -> list[Part]:
+    """A question in words (see `render_knowledge_prompt`), with loss on the answer and `<eos>`."""
+    return [Text([BOS, *tokenizer.encode(prompt)]), *_answer(answer, tokenizer)]
+
+
+def reading_parts(pixels: Array, question: str, tokenizer: Tokenizer, answer: str | None = None) -> list[Part]:
+    """An image uint8 [H, W, 3] and a question about it."""
+    words = Text([IMAGE_END, *tokenizer.encode(question)])
+    return [Text([BOS, IMAGE]), ReadImage(pixels), words, *_answer(answer, tokenizer)]
+
+
+def generation_parts(pixels: Array, caption: str | None, tokenizer: Tokenizer) -> list[Part]:
+    """A caption (None: dropped) and the image uint8 [H, W, 3] that it describes."""
+    if caption is None:
+        return [Text([BOS, NULL, GEN]), GenImage(pixels)]
+    return [Text([BOS]), Text([*tokenizer.encode(caption), GEN], loss=True), GenImage(pixels)]
+
+
+def _answer(answer: str | None, tokenizer: Tokenizer) -> list[Part]:
+    return [] if answer is None else [Text([*tokenizer.encode(answer), EOS], loss=True)]
+
+
+def record_parts(record: Mapping[str, Any], pixels: Array | None, tokenizer: Tokenizer) -> list[Part]:
+    """The parts of a shard's record.
+
+    Args:
+        pixels: uint8 [H, W, 3] of the member's image, None for text records.
+
+    Raises:
+        DataError: unknown task, a key that is missing, or an image that is missing.
+    """
+    task = record.get("task")
+    try:
+        if task == "lm" and "text" in record:
+            return statement_parts(record["text"], tokenizer)
+        if task == "lm":
+            return question_parts(record["prompt"], tokenizer, record["answer"])
+        if task not in TASKS:
+            raise DataError(f"task {task!r} is none of {', '.join(TASKS)}")
+        if pixels is None:
+            raise DataError(f"a record of task {task} needs an image")
+        if task == "mmu":
+            return reading_parts(pixels, record["question"], tokenizer, record["answer"])
+        return generation_parts(pixels, record["caption"], tokenizer)
+    except KeyError as error:
+        raise DataError(f"a record of task {task} needs the key {error}") from error
+
+
+def record_sample(key: str, record: Mapping[str, Any], pixels: Array | None, tokenizer: Tokenizer) -> Sample:
+    """A shard's record as a `Sample`, caption kept. Raises `DataError` as `record_parts` does."""
+    return build_sample(key, record["task"], record_parts(record, pixels, tokenizer))
+
+
+def measure(record: Mapping[str, Any], tokenizer: Tokenizer, patch: int = 4) -> Counts:
+    """Counts of a record, from its words and its `height` and `width`, without reading the image."""
+    size = (int(record.get("height", 0)), int(record.get("width", 0)), 3)
+    shape_only = np.broadcast_to(np.uint8(0), size) if "height" in record else None
+    tokens = ce = latents = 0
+    for part in record_parts(record, shape_only, tokenizer):
+        if isinstance(part, Text):
+            tokens += len(part.ids)
+            ce += len(part.ids) * part.loss
+            continue
+        patches = (size[0] // patch) * (size[1] // patch)
+        tokens += patches
+        latents += patches * isinstance(part, GenImage)
+    if record["task"] in GENERATION_TASKS:
+        return Counts(tokens, ce, latents, 3 + latents, 0)
+    return Counts(tokens, ce, latents, tokens, ce)
+
+
+def drop_caption(sample: Sample) -> Sample:
+    """The same generation sample without its caption: `<bos> <null> <gen> [latents]`."""
+    latents = len(sample.latents)
+    head = np.array([BOS, NULL, GEN], dtype=np.int64)
+    return replace(
+        sample,
+        tokens=np.concatenate([head, sample.tokens[-latents:]]),
+        kind=np.concatenate([np.full(3, PROMPT), sample.kind[-latents:]]),
+        span=np.concatenate([np.full(3, -1), sample.span[-latents:]]),
+        causal=np.concatenate([np.zeros(3, dtype=bool), sample.causal[-latents:]]),
+        target=np.full(3 + latents, IGNORE),
+    )

@@ -1,0 +1,130 @@
+"""From the plan to batches: the data set of micro-batches and its loader, with a length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from symbiotic.data.formats import drop_caption, record_sample
+from symbiotic.data.errors import DataError
+from symbiotic.data.packing import Sample, collate
+from symbiotic.data.plan import DataPlan
+from symbiotic.data.shards import ShardReader
+from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.models.batch import Batch
+from symbiotic.schema import ConfigError
+
+
+class MicroBatches(Dataset[Batch]):
+    """Item i is the `Batch` of (step, micro) = divmod(i, plan.micro_batches).
+
+    Args:
+        folder: the corpus folder, with `tokenizer.json` and `shards/`.
+        plan: which samples are in which micro-batch.
+        cache_bytes: decoded samples are kept up to this size (per worker process); beyond it they are read again.
+    """
+
+    def __init__(self, folder: str | Path, plan: DataPlan, cache_bytes: int = 256 * 2**20) -> None:
+        self.plan = plan
+        self.tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
+        self.reader = ShardReader(Path(folder) / "shards", plan.index)
+        self._room = cache_bytes
+        self._cache: dict[int, Sample] = {}
+
+    def __getitem__(self, item: int) -> Batch:
+        step, micro = divmod(item, self.plan.micro_batches)
+        plan = self.plan.micro_batch(step, micro)
+        samples = [self.sample(int(number)) for number in plan.samples]
+        samples = [drop_caption(s) if drop else s for s, drop in zip(samples, plan.dropped, strict=True)]
+        noises = [self.plan.noise(plan, i, s.latents.shape) if len(s.latents) else s.latents for i, s in enumerate(samples)]
+        ce_norm, flow_norm = self.plan.norms(step)
+        return collate(
+            samples,
+            self.plan.row_tokens,
+            times=plan.times.tolist(),
+            noises=noises,
+            ce_norm=ce_norm,
+            flow_norm=flow_norm,
+            rows=plan.rows,
+        )
+
+    def sample(self, number: int) -> Sample:
+        """One sample of the index, caption kept; do not write into its arrays.
+
+        Raises:
+            DataError: it cannot be read, or is not what the index says; the line names shard and key.
+        """
+        if number in self._cache:
+            return self._cache[number]
+        record, pixels = self.reader.read(number)
+        index = self.plan.index
+        try:
+            sample = record_sample(index.keys[number].decode(), record, pixels, self.tokenizer)
+        except DataError as error:
+            raise DataError(f"{index.name(number)}: {error}") from error
+        if len(sample) != index.num_tokens[number]:
+            raise DataError(f"{index.name(number)}: {len(sample)} tokens where the index says {index.num_tokens[number]}")
+        if self._room >= sample.nbytes:
+            self._room -= sample.nbytes
+            self._cache[number] = sample
+        return sample
+
+    def names(self, item: int) -> list[str]:
+        """`shard: key` of every sample of an item, for messages."""
+        plan = self.plan.micro_batch(*divmod(item, self.plan.micro_batches))
+        return [self.plan.index.name(int(number)) for number in plan.samples]
+
+
+class MicroBatchSampler(Sampler[int]):
+    """The items of one rank from `start_step` on; its length is that of the whole run, also after a resume."""
+
+    def __init__(self, steps: int, start_step: int, micro_batches: int, rank: int, world: int) -> None:
+        if micro_batches % world:
+            raise ConfigError(f"data.micro_batches={micro_batches}: must be a multiple of the {world} devices")
+        if not 0 <= rank < world:
+            raise ValueError(f"rank {rank} is not one of {world}")
+        self.items = range(start_step * micro_batches + rank, steps * micro_batches, world)
+        self.length = steps * micro_batches // world
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return self.length
+
+
+def train_loader(
+    dataset: MicroBatches,
+    steps: int,
+    start_step: int = 0,
+    micro_batches: int = 1,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> DataLoader[Batch]:
+    """Loader of the micro-batches of this rank, one `Batch` an item, in the order of the steps.
+
+    `len()` is `steps * micro_batches // world`, also when it starts at `start_step`. It draws nothing from torch's
+    global generator.
+
+    Raises:
+        ConfigError: micro-batches that cannot be shared out evenly.
+    """
+    if micro_batches != dataset.plan.micro_batches:
+        raise ValueError(f"the plan has {dataset.plan.micro_batches} micro-batches a step, not {micro_batches}")
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=MicroBatchSampler(steps, start_step, micro_batches, rank, world),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        persistent_workers=num_workers > 0,
+        generator=torch.Generator(),
+    )
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch

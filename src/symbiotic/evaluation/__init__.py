@@ -1,0 +1,1 @@
+"""Evaluation: benchmarks behind one contract, and readers of the official file layouts. Imports nothing by itself."""

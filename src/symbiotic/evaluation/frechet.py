@@ -1,0 +1,38 @@
+"""Frechet distance between two Gaussians fitted to features (the formula of FID, arXiv 1706.08500).
+
+`|mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1^1/2 C_2 C_1^1/2)^1/2)`, in float64. On other features than those of the
+official Inception network the number must not be called FID.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Gaussian(NamedTuple):
+    mean: np.ndarray  # [d] float64
+    covariance: np.ndarray  # [d, d] float64, divided by n - 1
+
+
+def fit(features: np.ndarray) -> Gaussian:
+    """Mean and covariance of features [n, d].
+
+    Raises:
+        ValueError: fewer than two samples.
+    """
+    if len(features) < 2:
+        raise ValueError(f"a covariance needs at least 2 samples, not {len(features)}")
+    features = features.astype(np.float64)
+    return Gaussian(features.mean(0), np.cov(features, rowvar=False).reshape(features.shape[1], -1))
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Squared distance, at least 0. The root is taken of a symmetric matrix, so that it stays real."""
+    values, vectors = np.linalg.eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    cross = np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)
+    gap = a.mean - b.mean
+    distance = gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum()
+    return max(0.0, float(distance))

@@ -1,0 +1,86 @@
+"""From questions and captions to batches for decoding and sampling, and to answers and pictures.
+
+The sequences are those of training (`data/formats.py`), one sample a row. The sample grid of a run, `embedded.py`
+and every other user of a trained model come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from symbiotic.data.formats import generation_parts
+from symbiotic.data.packing import Sample, build_sample, collate
+from symbiotic.data.tokenizer import EOS, Tokenizer
+from symbiotic.evaluation.benchmark import batches, device_of
+from symbiotic.generation.images import needs_unguided, sample_latents, start_noise, to_pixels
+from symbiotic.generation.text import greedy
+from symbiotic.models.batch import Batch
+from symbiotic.schema import Objective
+
+
+def one_a_row(
+    samples: Sequence[Sample], times: Sequence[float] | None = None, noises: Sequence[np.ndarray] | None = None
+) -> Batch:
+    """A batch with one sample a row, padded on the right to the longest."""
+    width = max(len(sample) for sample in samples)
+    return collate(samples, width, times=times, noises=noises, rows=[[i] for i in range(len(samples))])
+
+
+def answers(
+    model: nn.Module, samples: Sequence[Sample], tokenizer: Tokenizer, max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """Greedily decoded answers to prompts (samples without their answer), words joined by spaces."""
+    decoded: list[str] = []
+    for some in batches(samples, batch_size):
+        tokens = greedy(model, one_a_row(some).to(device_of(model)), EOS, max_new_tokens)
+        decoded += [tokenizer.decode(row) for row in tokens]
+    return decoded
+
+
+def caption_samples(
+    captions: Sequence[str | None], size: tuple[int, int], tokenizer: Tokenizer, pixels: np.ndarray | None = None
+) -> list[Sample]:
+    """A sample per caption (None: without caption) for an image of `size` (height, width) pixels.
+
+    pixels: uint8 [n, H, W, 3], where the latents are to be those of an image.
+    """
+    empty = np.zeros((*size, 3), np.uint8)
+    images = [empty] * len(captions) if pixels is None else list(pixels)
+    parts = [generation_parts(i, c, tokenizer) for i, c in zip(images, captions, strict=True)]
+    return [build_sample(str(c), "t2i", part) for c, part in zip(captions, parts, strict=True)]
+
+
+def pictures(
+    model: nn.Module,
+    captions: Sequence[str],
+    tokenizer: Tokenizer,
+    objective: Objective,
+    *,
+    size: tuple[int, int] = (20, 20),
+    seed: int = 0,
+    numbers: Sequence[int] | None = None,
+    batch_size: int = 96,
+) -> Tensor:
+    """Generate one image per caption: uint8 [n, H, W, 3] on the CPU.
+
+    Each image depends on (seed, its number) and its caption, not on the batch. The caller holds the model in
+    evaluation mode (`benchmark.measuring`).
+
+    Args:
+        numbers: what the noise of each image is drawn from; default 0, 1, 2, ...
+        batch_size: images at a time; with guidance, each takes two rows.
+    """
+    guided = needs_unguided(objective.sampler.guidance)
+    images: list[Tensor] = [torch.zeros(0, *size, 3, dtype=torch.uint8)]
+    for some in batches(list(zip(numbers or range(len(captions)), captions, strict=True)), batch_size):
+        texts = [caption for _, caption in some] + [None] * (len(some) if guided else 0)
+        batch = one_a_row(caption_samples(texts, size, tokenizer))
+        latents, patch_dim = len(batch.latents) // len(texts), batch.latents.shape[1]
+        noise = start_noise(seed, [number for number, _ in some], latents, patch_dim)
+        made = sample_latents(model, batch.to(device_of(model)), noise, objective.sampler, objective.prediction)
+        images.append(to_pixels(made, *size))
+    return torch.cat(images)

@@ -1,0 +1,95 @@
+"""One Lightning fit that resumes: stage 0 and joint training both go through here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError, StepCheckpoint, newest_valid
+from symbiotic.callbacks.log import latest_metrics
+from symbiotic.config import instantiate
+from symbiotic.data.loader import MicroBatches, train_loader
+from symbiotic.module import SymbioticModule
+from symbiotic.schema import Config, RunError
+
+
+def make_loader(
+    config: Config, dataset: MicroBatches, rank: int, world: int, start_step: int
+) -> DataLoader:
+    data = config.data
+    return train_loader(
+        dataset, config.phases.steps, start_step, data.micro_batches, data.num_workers, rank=rank, world=world
+    )
+
+
+def make_module(
+    config: Config, dataset: MicroBatches, state: Mapping[str, Tensor] | None, latents: bool
+) -> SymbioticModule:
+    """The module of a fit; on the CPU it is built here, so that forked ranks share its memory."""
+
+    def optimizer(groups: list[dict[str, Any]]) -> Any:
+        return instantiate(config.rates.optimizer, "rates.optimizer", params=groups)
+
+    loader = partial(make_loader, config, dataset)
+    return SymbioticModule(config, optimizer, loader, state, latents)
+
+
+def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: list[Any]) -> Any:
+    """A Lightning Trainer by steps: `config.trainer` says where it runs, the rest follows from the config."""
+    import lightning
+
+    devices = config.trainer.get("devices", 1)
+    ranks = (devices if isinstance(devices, int) else 1) * config.trainer.get("num_nodes", 1)
+    checkpoints = StepCheckpoint(str(folder / "checkpoints"), config.save_every)
+    return lightning.Trainer(
+        **config.trainer,
+        default_root_dir=str(folder),
+        max_steps=config.phases.steps,
+        max_epochs=-1,
+        accumulate_grad_batches=max(1, config.data.micro_batches // max(1, ranks)),
+        gradient_clip_val=config.rates.clip or None,
+        callbacks=[*callbacks, checkpoints],
+        logger=loggers or False,
+        plugins=[AtomicCheckpointIO()],
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+        log_every_n_steps=config.log_every,
+    )
+
+
+def fit(
+    config: Config,
+    folder: Path,
+    dataset: MicroBatches,
+    callbacks: list[Any],
+    loggers: list[Any],
+    state: Mapping[str, Tensor] | None = None,
+    latents: bool = True,
+) -> tuple[SymbioticModule, dict[str, float]]:
+    """Train to the last step, from the newest valid checkpoint in `folder` or from `state`.
+
+    Returns the module with its final parameters, and the newest value of everything that was logged.
+
+    Raises:
+        RunError: a checkpoint could not be written or read.
+    """
+    module = make_module(config, dataset, state, latents)
+    trainer = make_trainer(config, folder, callbacks, loggers)
+    resume = newest_valid(folder / "checkpoints")
+    if "fork" in str(config.trainer.get("strategy", "")):
+        module.configure_model()  # the ranks end with their processes; Lightning brings their weights back into this
+    try:
+        trainer.fit(module, ckpt_path=str(resume) if resume else None)
+    except CheckpointError as error:
+        raise RunError(str(error)) from error
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    return module, dict(latest_metrics(trainer))

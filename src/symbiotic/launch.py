@@ -1,0 +1,236 @@
+"""What `src/train.py` does: read the command line, validate every run, then let Hydra launch them.
+
+A run is launched by Hydra's own launcher (basic, joblib, submitit); `job` is what runs there. An expected failure is
+one line on stderr and leaves the other members of a multirun alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from symbiotic.config import CONF, Composer, load
+from symbiotic.hints import explain
+from symbiotic.schema import Config, ConfigError, RunError
+
+WRONG_CONFIG, FAILED, INTERRUPTED = 2, 1, 130
+_EXPECTED = ("ConfigError", "RunError", "DataError", "CheckpointError")  # by name: their modules import torch
+
+
+class Failure(float):
+    """What a failed job returns to a sweeper: not a number, and the exit status."""
+
+    status: int
+
+    def __new__(cls, value: float = float("nan"), status: int = FAILED) -> Failure:
+        failure = super().__new__(cls, value)
+        failure.status = status
+        return failure
+
+
+_FAILURES: list[Failure] = []  # of jobs in this process, for sweepers that return nothing
+
+
+def job(cfg: DictConfig) -> float:
+    """One run: the typed config, the arc, its metric. Called by Hydra's launcher, maybe in another process."""
+    from hydra.core.hydra_config import HydraConfig
+
+    hydra = HydraConfig.get()
+    task = [str(o) for o in hydra.overrides.task]
+    try:
+        raw = OmegaConf.to_container(cfg, resolve=False)
+        assert isinstance(raw, dict)
+        return run_arc(load(raw, dict(hydra.runtime.choices), task))  # type: ignore[arg-type]
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        member = f" ({' '.join(task)})" if str(hydra.mode).endswith("MULTIRUN") else ""
+        print(f"error: {line}{member}", file=sys.stderr, flush=True)
+        _FAILURES.append(Failure(status=WRONG_CONFIG if isinstance(error, ConfigError) else FAILED))
+        return _FAILURES[-1]
+
+
+def run_arc(config: Config) -> float:
+    from symbiotic.arc import run
+
+    try:
+        return float(run(config))
+    finally:
+        if config.dry_run:
+            _remove_empty(Path(config.run_dir))
+
+
+def _remove_empty(folder: Path) -> None:
+    """Hydra makes the folder of every run; a dry run leaves none behind."""
+    for path in (folder, folder.parent):
+        try:
+            path.rmdir()
+        except OSError:
+            return
+
+
+def one_line(error: BaseException) -> str | None:
+    """The line for a failure that one line explains; None for a bug, which deserves its traceback."""
+    if isinstance(error, (ConfigError, RunError)) or type(error).__name__ in _EXPECTED:
+        return " ".join(str(error).split())
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full: {error.filename or error}; free some space or choose another folder"
+    if type(error).__name__ in ("ProcessRaisedException", "RemoteTraceback"):  # raised in a forked rank
+        found = re.findall(rf"^(?:[\w.]+\.)?(?:{'|'.join(_EXPECTED)}): (.+)$", str(error), re.MULTILINE)
+        return found[-1] if found else None
+    return None
+
+
+# --------------------------------------------------------------------------- the members of a multirun
+
+
+def members(master: DictConfig) -> list[list[str]]:
+    """The overrides of every member, as Hydra's sweeper will make them.
+
+    Of other sweepers (optuna) the members are not known beforehand: each discrete choice is tried once.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    params = [f"{k}={v}" for k, v in (OmegaConf.to_container(master.hydra.sweeper).get("params") or {}).items()]  # type: ignore[union-attr]
+    overrides = OverridesParser.create().parse_overrides([*params, *master.hydra.overrides.task])
+    if str(master.hydra.sweeper._target_).endswith(".BasicSweeper"):
+        return BasicSweeper.split_arguments(overrides, None)[0]
+    lists: dict[str, list[str]] = {}
+    for override in overrides:
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            lists[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            lists[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+    return _one_at_a_time(list(lists.values()))
+
+
+def _one_at_a_time(lists: list[list[str]]) -> list[list[str]]:
+    first = [options[0] for options in lists]
+    others = ([*first[:i], option, *first[i + 1 :]] for i, options in enumerate(lists) for option in options[1:])
+    return [first, *others]
+
+
+def check_members(composer: Composer, master: DictConfig, overrides: Sequence[str]) -> list[Config]:
+    """Validate every member before any starts.
+
+    Raises:
+        ConfigError: the first member that is wrong, or two that would share a run folder.
+    """
+    try:
+        listed = members(master)
+    except Exception as error:
+        raise ConfigError(explain(error, overrides, composer.known, CONF)) from error
+    configs: dict[str, list[str]] = {}
+    found = []
+    for i, member in enumerate(listed):
+        label = f"member {i + 1} of {len(listed)}: {' '.join(member)}"
+        try:
+            config = composer.config([*master.hydra.overrides.hydra, *member])
+        except ConfigError as error:
+            raise ConfigError(f"{error} ({label})") from error
+        if config.run_dir in configs:
+            twin = " ".join(configs[config.run_dir])
+            raise ConfigError(f"{' '.join(member)}: the same run folder as {twin}; leave one of them out")
+        configs[config.run_dir] = member
+        found.append(config)
+    return found
+
+
+# --------------------------------------------------------------------------- the command line
+
+
+def launch(args: argparse.Namespace) -> int:
+    """Validate, then run. Returns the exit status."""
+    from hydra import initialize_config_dir
+
+    conf = Path(args.config_path).absolute() if args.config_path else CONF
+    overrides = list(args.overrides)
+    if args.config_dir:
+        overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).absolute()}']")
+    with initialize_config_dir(str(conf), version_base="1.3", job_name="train"):
+        try:
+            composer = Composer(args.config_name or "train")
+            multirun = prepare(composer, overrides, args.multirun)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return WRONG_CONFIG
+        return _run(composer, overrides, multirun)
+
+
+def prepare(composer: Composer, overrides: list[str], multirun: bool) -> bool:
+    """Compose and validate everything that will run. Returns whether it is a multirun (`-m`, or a study's mode).
+
+    Raises:
+        ConfigError: one of the runs is wrong.
+    """
+    master = composer.composed(overrides, multirun=True)
+    if multirun or str(master.hydra.mode).endswith("MULTIRUN"):
+        check_members(composer, master, overrides)
+        return True
+    composer.config(overrides)
+    return False
+
+
+def _run(composer: Composer, overrides: list[str], multirun: bool) -> int:
+    hydra = composer.hydra
+    assert hydra is not None
+    start = hydra.multirun if multirun else hydra.run
+    mode = "MULTIRUN" if multirun else "RUN"
+    _FAILURES.clear()
+    try:
+        returned = start(composer.config_name, job, [*overrides, f"hydra.mode={mode}"])
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return max((failure.status for failure in (*_FAILURES, *_failures(returned))), default=0)
+
+
+def _failures(returned: Any) -> Iterable[Failure]:
+    """Failures among the jobs that a launcher ran, maybe in other processes."""
+    batches = returned if isinstance(returned, list) else [[returned]]
+    values = (getattr(ret, "return_value", None) for ret in itertools.chain.from_iterable(batches))
+    return [value for value in values if isinstance(value, Failure)]
+
+
+def main() -> None:
+    """The command line of `src/train.py`; ends the process."""
+    from hydra._internal.utils import get_args_parser
+
+    args, unknown = get_args_parser().parse_known_args()
+    if unknown:
+        print(f"error: {unknown[0]}: no such flag; see --hydra-help", file=sys.stderr)
+        sys.exit(WRONG_CONFIG)
+    if args.experimental_rerun:
+        print("error: --experimental-rerun: not supported, as it unpickles a file", file=sys.stderr)
+        sys.exit(WRONG_CONFIG)
+    if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
+        sys.exit(show(args))
+    sys.exit(launch(args))
+
+
+def show(args: argparse.Namespace) -> int:
+    """Hydra's own `--help`, `--cfg`, `--info`, …, after a compose whose errors are one line."""
+    import hydra
+
+    if args.multirun and args.cfg:
+        print("error: --cfg: shows one config; leave -m away", file=sys.stderr)
+        return WRONG_CONFIG
+    if not args.hydra_help and not args.shell_completion:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+            try:
+                Composer(args.config_name or "train").composed(args.overrides)
+            except ConfigError as error:
+                print(f"error: {error}", file=sys.stderr)
+                return WRONG_CONFIG
+    hydra.main(config_path=str(CONF), config_name="train", version_base="1.3")(job)()
+    return 0

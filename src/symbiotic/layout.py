@@ -1,0 +1,156 @@
+"""What a `System` means on a `Model` of a given size: expert counts, columns, scopes, the stage-0 parent.
+
+Standard library only. The model is built from these functions and the config is validated with them, so that a
+layout that validates is a layout that builds. All of them are pure.
+"""
+
+from __future__ import annotations
+
+from symbiotic.schema import KINDS, PARENT, ConfigError, Model, Shield, System
+
+_EPS = 1e-6
+
+
+def pool_sizes(model: Model, system: System) -> dict[str, int]:
+    """Routed experts per pool and layer, in the order of `system.pools`; they add up to `model.num_experts`.
+
+    Raises:
+        ConfigError: a share outside (0, 1], a share that is no whole number of experts, or shares that do not
+            add up to one.
+    """
+    total = model.num_experts
+    sizes = {name: _experts(name, share, total) for name, share in system.pools.items() if share is not None}
+    open_pools = [name for name, share in system.pools.items() if share is None]
+    left = total - sum(sizes.values())
+    if left < 0 or (left > 0 and system.pools and not open_pools):
+        shares = " + ".join(f"{system.pools[name]:g}" for name in sizes)
+        raise ConfigError(f"system.pools={shares}: the shares of the pools must add up to 1")
+    if open_pools and (left == 0 or left % len(open_pools)):
+        names = ", ".join(open_pools)
+        raise ConfigError(
+            f"system.pools: {left} of model.num_experts={total} are left for {names}: "
+            f"must be a positive multiple of {len(open_pools)}"
+        )
+    return {name: sizes[name] if name in sizes else left // len(open_pools) for name in system.pools}
+
+
+def _experts(name: str, share: float, total: int) -> int:
+    count = share * total
+    if not 0 < share <= 1 + _EPS or abs(count - round(count)) > 1e-3:
+        raise ConfigError(
+            f"system.pools.{name}={share:g}: must be a share of model.num_experts={total} in (0, 1] "
+            f"that gives whole experts, not {count:g}"
+        )
+    return round(count)
+
+
+def router_pools(system: System) -> dict[str, str]:
+    """Set of router columns -> the pool that it scores; one per pool, of the pool's name, unless stated."""
+    return dict(system.routers) or {name: name for name in system.pools}
+
+
+def shared_scopes(system: System) -> dict[str, tuple[str, ...]]:
+    """Shared expert -> the kinds that pass through it; experts removed with `null` are left out."""
+    return {name: tuple(kinds) for name, kinds in system.shared.items() if kinds is not None}
+
+
+def stream_of(system: System) -> dict[str, str]:
+    """Kind -> the stream (copy of attention and norms) that its tokens use."""
+    return {kind: name for name, kinds in system.streams.items() for kind in kinds}
+
+
+def visible_pools(system: System) -> dict[str, tuple[str, ...]]:
+    """Kind -> the pools whose experts its tokens may use, in the order of the column sets they see."""
+    pools = router_pools(system)
+    return {kind: tuple(pools[name] for name in system.visible.get(kind, ())) for kind in KINDS}
+
+
+def experts_seen(model: Model, system: System) -> dict[str, int]:
+    """Kind -> number of routed experts that its tokens choose among."""
+    sizes = pool_sizes(model, system)
+    return {kind: sum(sizes[pool] for pool in pools) for kind, pools in visible_pools(system).items()}
+
+
+def components(system: System) -> tuple[str, ...]:
+    """Names that a shield target may have: `shared.NAME` and `pools.NAME`."""
+    return (*(f"shared.{name}" for name in shared_scopes(system)), *(f"pools.{name}" for name in system.pools))
+
+
+def kinds_of(system: System, component: str) -> tuple[str, ...]:
+    """Kinds whose tokens pass through `shared.NAME`, `pools.NAME`, `routers.NAME` or `streams.NAME`.
+
+    Raises:
+        KeyError: no such component.
+    """
+    group, _, name = component.partition(".")
+    if group == "shared":
+        return shared_scopes(system)[name]
+    if group == "streams":
+        return tuple(system.streams[name])
+    if group == "routers":
+        router_pools(system)[name]
+        return tuple(kind for kind in KINDS if name in system.visible.get(kind, ()))
+    if group == "pools":
+        system.pools[name]
+        return tuple(kind for kind, pools in visible_pools(system).items() if name in pools)
+    raise KeyError(component)
+
+
+def shield_kinds(system: System) -> dict[str, tuple[str, ...]]:
+    """`shared.NAME` or `pools.NAME` -> the kinds whose tokens are shielded from it, `shared` spelt out and targets
+    removed with `null` left out. Empty when the mode is `none`; kinds outside the component's scope are dropped."""
+    if system.shield.mode == "none":
+        return {}
+    wanted: dict[str, set[str]] = {}
+    for target, kinds in system.shield.targets.items():
+        names = [f"shared.{name}" for name in shared_scopes(system)] if target == "shared" else [target]
+        for name in names if kinds else ():
+            wanted.setdefault(name, set()).update(kinds or ())
+    scoped = {name: tuple(k for k in kinds_of(system, name) if k in wanted[name]) for name in wanted}
+    return {name: kinds for name, kinds in scoped.items() if kinds}
+
+
+def parent_system(system: System) -> System:
+    """The layout of stage 0, before anything is split: one pool, one router, one shared expert, one stream.
+
+    A system without pools (dense) has a parent without pools; one without shared experts has a parent without,
+    except that a dense one always has its FFN there. Systems with equal parents share the cached stage 0.
+    """
+    has_shared = bool(shared_scopes(system)) or not system.pools
+    return System(
+        name=PARENT,
+        pools={PARENT: 1.0} if system.pools else {},
+        visible=dict.fromkeys(KINDS, (PARENT,)) if system.pools else {},
+        shared={PARENT: KINDS} if has_shared else {},
+        streams={PARENT: KINDS},
+        shield=Shield(),
+    )
+
+
+def parameter_names(model: Model, system: System, latents: bool = True) -> list[str]:
+    """The names of all parameters of `UnifiedModel(model, system, latents)`, known without building it.
+
+    A test holds this list against the model's own. It is what roles are checked with before torch is imported.
+    """
+    names = ["embed.weight", "vit_in.weight", "vit_in.bias", "vit_grid.row.weight", "vit_grid.column.weight"]
+    for layer in range(model.num_layers):
+        names += [f"blocks.{layer}.{name}" for name in _block_names(model, system, dense=layer in model.dense_layers)]
+    names += [f"norm.{stream}.weight" for stream in system.streams]
+    names += [] if model.tied_head else ["text_head.weight"]
+    latent = ["latent_in.weight", "latent_in.bias", "latent_grid.row.weight", "latent_grid.column.weight"]
+    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")]
+    return names + (latent + ["latent_head.weight", "latent_head.bias"] if latents else [])
+
+
+def _block_names(model: Model, system: System, dense: bool) -> list[str]:
+    leaves = ["norm.weight", "q.weight", "k.weight", "v.weight", "o.weight"]
+    leaves += [f"{side}.bias" for side in "qkv"] if model.attention.qkv_bias else []
+    leaves += ["q_norm.weight", "k_norm.weight"] if model.attention.qk_norm != "none" else []
+    names = [f"attention.{stream}.{leaf}" for stream in system.streams for leaf in leaves]
+    names += [f"moe_norm.{stream}.weight" for stream in system.streams]
+    if not dense:
+        names += [f"moe.pools.{pool}.{leaf}" for pool in system.pools for leaf in ("w_in", "w_out")]
+        names += [f"moe.routers.{router}" for router in router_pools(system)]
+    scopes = ["dense"] if dense else list(shared_scopes(system))
+    gate = ["gate"] if model.gated_shared else []
+    return names + [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]

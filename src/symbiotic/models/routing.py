@@ -1,0 +1,89 @@
+"""From router logits to gates, and what is counted on the way.
+
+Suffixes: N tokens, C router columns, E routed experts, K the k of top-k, M the four kinds of tokens, L MoE layers,
+R routers. A router is the concatenation of the columns that a token sees; two kinds that see the same columns
+share a router.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from symbiotic.layout import pool_sizes, router_pools
+from symbiotic.schema import KINDS, Model, Router, System
+
+
+@dataclass
+class RoutingStats:
+    """What the routers of all MoE layers did with one micro-batch. Padding is not in it.
+
+    `probs` carries gradient (the balance loss is made of it); `detach` before keeping.
+    """
+
+    counts: Tensor  # [L, M, E] assignments of tokens of a kind to an expert
+    probs: Tensor  # [L, M, E] sum over the tokens of a kind of the router's probabilities
+    tokens: Tensor  # [M] tokens of a kind
+
+    def detach(self) -> RoutingStats:
+        return RoutingStats(self.counts.detach(), self.probs.detach(), self.tokens.detach())
+
+
+class Columns:
+    """The router columns of a system, in storage order: whose they are and who sees them.
+
+    expert_C: the expert that a column scores, numbered pool after pool. visible_MC: kind sees column.
+    visible_ME: kind may use expert. routers_RM: which kinds share a router.
+    """
+
+    def __init__(self, model: Model, system: System) -> None:
+        sizes, pools = pool_sizes(model, system), router_pools(system)
+        starts = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
+        experts = {name: torch.arange(sizes[pool]) + starts[pool] for name, pool in pools.items()}
+        self.expert_C = torch.cat(list(experts.values())) if experts else torch.zeros(0, dtype=torch.long)
+        sees = [
+            torch.cat([torch.full((len(e),), name in system.visible[kind]) for name, e in experts.items()])
+            for kind in KINDS
+            if experts
+        ]
+        self.visible_MC = torch.stack(sees) if sees else torch.zeros(len(KINDS), 0, dtype=torch.bool)
+        num_experts = sum(sizes.values())
+        self.visible_ME = torch.zeros(len(KINDS), num_experts, dtype=torch.bool)
+        for m in range(len(KINDS)):
+            self.visible_ME[m, self.expert_C[self.visible_MC[m]]] = True
+        self.one_to_one = bool(torch.equal(self.expert_C, torch.arange(num_experts)))
+        kinds_by_view: dict[tuple[bool, ...], list[int]] = {}
+        for m, row in enumerate(self.visible_MC.tolist()):
+            kinds_by_view.setdefault(tuple(row), []).append(m)
+        self.routers_RM = torch.zeros(len(kinds_by_view), len(KINDS))
+        for r, kinds in enumerate(kinds_by_view.values()):
+            self.routers_RM[r, kinds] = 1.0
+
+
+def route(logits_NC: Tensor, visible_NC: Tensor | None, cfg: Router) -> tuple[Tensor, Tensor, Tensor]:
+    """Gates, chosen columns and probabilities: `p = softmax(x W_g)`, `S = top_k(p)`, `w_i = p_i / sum_S p_j`.
+
+    visible_NC: None where every token sees every column. Returns gates [N, K], columns [N, K], probs [N, C]
+    (rows sum to one over the visible columns, for sigmoid scores too).
+    """
+    if visible_NC is not None:
+        logits_NC = logits_NC.masked_fill(~visible_NC, float("-inf"))
+    scores_NC = logits_NC.float().softmax(-1) if cfg.score == "softmax" else logits_NC.float().sigmoid()
+    gates_NK, columns_NK = scores_NC.topk(cfg.top_k, dim=-1)
+    if cfg.normalize:
+        gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True)
+    probs_NC = scores_NC if cfg.score == "softmax" else scores_NC / scores_NC.sum(-1, keepdim=True)
+    return gates_NK * cfg.scale, columns_NK, probs_NC
+
+
+def count_by_kind(columns_NK: Tensor, kinds_NM: Tensor, num_columns: int) -> Tensor:
+    """[M, C]: how often each column was chosen by tokens of each kind. kinds_NM is one-hot, zero at padding."""
+    chosen_NC = torch.zeros(len(columns_NK), num_columns, device=columns_NK.device).scatter_(1, columns_NK, 1.0)
+    return kinds_NM.T @ chosen_NC
+
+
+def columns_to_experts(values_MC: Tensor, expert_C: Tensor, num_experts: int) -> Tensor:
+    """[M, C] -> [M, E]: sums the columns of an expert (a kind sees one of them at most)."""
+    return values_MC.new_zeros(len(values_MC), num_experts).index_add(1, expert_C, values_MC)

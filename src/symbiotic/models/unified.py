@@ -1,0 +1,105 @@
+"""The unified model: text and read images in, text out; noisy latents in, predicted clean latents (or velocity) out.
+
+One forward serves training, evaluation and sampling; the routing comes back with it, nothing is hooked.
+Suffixes: B rows, T places a row, N = B*T tokens, D width, V read patches, L latents, P numbers a patch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from symbiotic.models.attention import by_stream
+from symbiotic.models.balance import balance_loss
+from symbiotic.models.batch import IGNORE, VIT, Batch
+from symbiotic.models.embeddings import GridEmbedding, TimeEmbedding
+from symbiotic.models.moe import LayerStats
+from symbiotic.models.places import Places, latent_rows
+from symbiotic.models.routing import Columns, RoutingStats
+from symbiotic.models.transformer import Block, initial, run_blocks
+from symbiotic.schema import KINDS, Model, System
+
+
+@dataclass
+class Output:
+    """The ingredients of the losses, and the routing."""
+
+    logits: Tensor  # [n, vocabulary] at the n places asked for, row-major
+    prediction: Tensor  # [L, P] of the flow head at the latents
+    balance: Tensor  # [] mean over layers and routers
+    z: Tensor  # [] mean over layers
+    routing: RoutingStats
+
+
+class UnifiedModel(nn.Module):
+    """A decoder transformer over packed text, read patches and latents.
+
+    latents=False builds the understanding-only parent (stage 0): no latent projections, no time embedding.
+    Parameters are created empty; call `initialise` or load a state.
+    """
+
+    visible_experts: Tensor
+    routers_RM: Tensor
+
+    def __init__(self, model: Model, system: System, latents: bool = True) -> None:
+        super().__init__()
+        self.cfg, self.system, self.latents = model, system, latents
+        width = model.width
+        self.embed = nn.Embedding(model.vocab_size, width)
+        self.vit_in = nn.Linear(model.patch_dim, width)
+        self.vit_grid = GridEmbedding(model.max_grid, width)
+        self.blocks = nn.ModuleList(Block(model, system, layer) for layer in range(model.num_layers))
+        self.norm = nn.ModuleDict({s: nn.RMSNorm(width, eps=model.norm_eps) for s in system.streams})
+        self.text_head = None if model.tied_head else nn.Linear(width, model.vocab_size, bias=False)
+        if latents:
+            self.latent_in = nn.Linear(model.patch_dim, width)
+            self.latent_grid = GridEmbedding(model.max_grid, width)
+            self.time_in = TimeEmbedding(width)
+            self.latent_head = nn.Linear(width, model.patch_dim)
+        columns = Columns(model, system)
+        self.register_buffer("visible_experts", columns.visible_ME, persistent=False)
+        self.register_buffer("routers_RM", columns.routers_RM, persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> UnifiedModel:
+        """Fresh parameters, each a function of (seed, its name)."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(initial(name, parameter, seed, self.cfg.init_std, self.cfg.num_layers))
+        return self
+
+    def forward(self, batch: Batch, *, shield: Tensor | None = None, logits_at: Tensor | None = None) -> Output:
+        """batch.latents are taken as they are: noised by `objectives.flow.noised`, or the sampler's x_t.
+
+        shield: [] level of the gradient shield in [0, 1]. logits_at: [B, T] bool, by default the places with a
+        target.
+        """
+        places = Places(batch, shield)
+        x_ND, layers = run_blocks(self.blocks, self.embedding(batch), batch.position.reshape(-1), places, self.cfg)
+        x_ND = by_stream(dict(self.norm.items()), self.system, x_ND, places)
+        wanted = (batch.target != IGNORE if logits_at is None else logits_at).reshape(-1)
+        hidden = x_ND[wanted]
+        logits = hidden @ self.embed.weight.T if self.text_head is None else self.text_head(hidden)
+        prediction = self.latent_head(x_ND[latent_rows(batch)]) if self.latents else batch.latents
+        stats = self.routing(layers, places)
+        z = torch.stack([layer.z for layer in layers]).mean() if layers else x_ND.new_zeros(())
+        return Output(logits, prediction, balance_loss(stats, self.routers_RM, self.visible_experts), z, stats)
+
+    def embedding(self, batch: Batch) -> Tensor:
+        """[N, D]: words; read patches with their grid place; latents with grid place and flow time."""
+        kind_N = batch.kind.reshape(-1)
+        x_ND = self.embed(batch.tokens.reshape(-1))
+        read = self.vit_in(batch.vit_patches) + self.vit_grid(batch.vit_grid)
+        x_ND = x_ND.index_copy(0, (kind_N == VIT).nonzero().squeeze(-1), read.to(x_ND.dtype))
+        if self.latents:
+            made = self.latent_in(batch.latents) + self.latent_grid(batch.latent_grid) + self.time_in(batch.time)
+            x_ND = x_ND.index_copy(0, latent_rows(batch).nonzero().squeeze(-1), made.to(x_ND.dtype))
+        return x_ND
+
+    def routing(self, layers: list[LayerStats], places: Places) -> RoutingStats:
+        if not layers:
+            none = places.tokens_M.new_zeros(0, len(KINDS), 0)
+            return RoutingStats(none, none, places.tokens_M)
+        counts, probs = (torch.stack([layer[i] for layer in layers]) for i in (0, 1))
+        return RoutingStats(counts, probs, places.tokens_M)

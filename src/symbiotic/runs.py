@@ -1,0 +1,121 @@
+"""The files around a fit: whole-file writes, hashes, locks, and the line that each step of the arc prints."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from symbiotic.schema import RunError
+
+PACKAGE = Path(__file__).resolve().parent
+
+
+def digest(value: Any) -> str:
+    """12 hexadecimal digits of a plain container."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def source_hash(*parts: str) -> str:
+    """Of the Python sources below these sub-packages (all, when none is named): results of other code do not mix."""
+    roots = [PACKAGE / part for part in parts] or [PACKAGE]
+    files = sorted(f for root in roots for f in ([root] if root.is_file() else root.rglob("*.py")))
+    text = b"".join(str(f.relative_to(PACKAGE)).encode() + f.read_bytes() for f in files)
+    return hashlib.sha256(text).hexdigest()[:12]
+
+
+def replace_with(path: Path, write: Any) -> Path:
+    """Call `write(temporary path)` beside `path`, then rename: the file appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    return replace_with(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
+def write_text(path: Path, text: str) -> Path:
+    return replace_with(path, lambda p: p.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> Any:
+    """The content, or None when there is no such file or it is no JSON (a kill never leaves that; a full disk may)."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return None
+
+
+def save_state(path: Path, state: Mapping[str, Tensor], **metadata: str) -> Path:
+    """Parameters as safetensors."""
+    plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    return replace_with(path, lambda p: save_file(plain, p, metadata=metadata))
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Parameters from safetensors, or from the checkpoint of a run (`checkpoints/step=….ckpt`).
+
+    Raises:
+        RunError: no such file, or one that is neither.
+    """
+    if not path.is_file():
+        raise RunError(f"{path}: no such checkpoint; a parent is a .safetensors or .ckpt file of an earlier run")
+    try:
+        if path.suffix == ".ckpt":
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            return {name.removeprefix("model."): value for name, value in state.items()}
+        return load_file(path)
+    except (SafetensorError, OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+        raise RunError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time; a second one says that it waits. The lock of a dead process is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that holds {path}", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+class Journal:
+    """Says what each step of the arc does, how long it took the last time, how long it took now, where its files are.
+
+    times: seconds by step, kept in `path` over all runs on this machine.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seconds = path, dict[str, float]()
+
+    @contextmanager
+    def step(self, name: str, key: str, what: str, where: Path) -> Iterator[None]:
+        """key: what the time depends on (the times of other keys say nothing about this step)."""
+        known = (read_json(self.path) or {}).get(f"{name}/{key}")
+        expect = f"about {known:.0f} s" if known else "first time with these settings: no estimate yet"
+        print(f"\n== {name}: {what} ({expect})\n   {where}", flush=True)
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        write_json(self.path, (read_json(self.path) or {}) | {f"{name}/{key}": round(self.seconds[name], 1)})
+        print(f"   done in {self.seconds[name]:.1f} s", flush=True)

@@ -1,0 +1,377 @@
+"""The typed config: every number of ours, what it may be, and what it means.
+
+Standard library only, so that a config is validated before torch is imported (spec: a wrong config costs
+under two seconds). `parse` turns the plain dictionary that Hydra composed into these frozen dataclasses and
+raises `ConfigError` with the full key, the value, and what would be right.
+
+Open sets (data, callbacks, trainer, logger, benchmarks, optimizer) stay plain dictionaries with `_target_`;
+they are built in `symbiotic.config.instantiate`, behind an allow-list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+KINDS = ("text", "prompt", "vit", "vae")
+"""Token kinds, in the order of `Batch.kind`: words; the caption of a text-to-image sample; image patches that
+the model reads; latents that it generates."""
+
+TASKS = ("t2i", "t2i_long", "lm", "mmu")
+"""Tasks, in the order of `Batch.task`: text-to-image with a short or a long caption, pure text, multimodal
+understanding."""
+
+PARENT = "all"
+"""Name of the one pool, router, shared expert and stream that every stage-0 parent consists of."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run. The message is one line: key, value, what would be right."""
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, for a reason that one line explains: which file or step, what is wrong, what helps."""
+
+
+# --------------------------------------------------------------------------- the model
+
+
+@dataclass(frozen=True)
+class Router:
+    """How a token picks its experts among the router columns that it sees."""
+
+    top_k: int = 2
+    normalize: bool = True  # renormalise the chosen k gates to sum to one (OLMoE, Qwen1.5-MoE: false)
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    scale: float = 1.0  # factor on the routed sum (DeepSeek's routed_scaling_factor)
+
+
+@dataclass(frozen=True)
+class Attention:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    qkv_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "head"
+    rope_theta: float = 10_000.0
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and dials of the one backbone; the layout of the experts is the `System`."""
+
+    width: int
+    num_layers: int
+    vocab_size: int
+    num_experts: int  # routed experts per layer, over all pools
+    expert_hidden: int
+    shared_hidden: int  # hidden width of each shared expert
+    attention: Attention
+    router: Router
+    gen_fraction: float = 0.25  # share of the routed experts in the generation pool (paper: 3:1)
+    gated_shared: bool = False  # sigmoid gate on the shared expert (Qwen1.5-MoE)
+    dense_layers: tuple[int, ...] = ()  # layers with a dense FFN in place of the experts (DeepSeek: the first)
+    dense_hidden: int = 0
+    norm_eps: float = 1e-6
+    tied_head: bool = False
+    patch_dim: int = 48  # numbers in one image patch, read or generated (4 x 4 pixels x 3 channels)
+    max_grid: int = 16  # largest image side in patches
+    init_std: float = 0.02
+
+
+# --------------------------------------------------------------------------- the system: layout as data
+
+
+@dataclass(frozen=True)
+class Shield:
+    """Which components the generation gradient is kept out of, and how; *how far* is the phase's `shield` level.
+
+    mode: `none`; `output` scales the gradient through the component's output; `weights` scales it for the
+    component's weights only (it still flows to lower layers); `strict` is `output`, and latent queries also attend
+    to keys and values of all other tokens with their gradient scaled (ours: at level 1 exactly nothing leaks).
+    targets: component -> kinds whose tokens are shielded; a component is `shared` (every shared expert),
+    `shared.NAME` or `pools.NAME`.
+    """
+
+    mode: Literal["none", "output", "weights", "strict"] = "none"
+    targets: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class System:
+    """One way to lay experts, routers, shared experts and attention out over the kinds of tokens.
+
+    pools: name -> share of `model.num_experts` (null: an equal part of what the others leave). A pool is storage.
+    routers: name of a set of router columns -> the pool it scores. Empty: one per pool, of the pool's name.
+    visible: kind -> the column sets that its tokens see, under one softmax.
+    shared: name of a shared expert -> the kinds that pass through it (null: no such expert).
+    streams: name of a copy of attention and norms -> the kinds that use it.
+    No pools at all means a dense model: the hidden width of the k routed experts goes to the shared expert.
+    """
+
+    name: str
+    pools: dict[str, float | None] = field(default_factory=dict)
+    routers: dict[str, str] = field(default_factory=dict)
+    visible: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    shared: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
+    streams: dict[str, tuple[str, ...]] = field(default_factory=lambda: {PARENT: KINDS})
+    shield: Shield = field(default_factory=Shield)
+
+
+# --------------------------------------------------------------------------- optimisation
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Learning rates by role. Every parameter belongs to exactly one role, by regular expressions on its name.
+
+    lr: the rate of every role that `by_role` does not name.
+    warmup: optimiser steps of linear warm-up. decay: share of the joint steps, at the end, of linear decay to 0.
+    """
+
+    roles: dict[str, tuple[str, ...]]
+    lr: float
+    optimizer: dict[str, Any]
+    by_role: dict[str, float | None] = field(default_factory=dict)
+    warmup: int = 30
+    decay: float = 0.3
+    clip: float = 1.0  # global gradient norm
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of joint training, up to the optimiser step `until` (exclusive).
+
+    shield: level in [0, 1]; the generation gradient through a shield target is scaled by 1 - shield.
+    rate: role -> factor on its learning rate. frozen: roles whose gradients are dropped before the optimiser.
+    balance: weight of the balance loss in this phase (null: `objective.balance_weight`).
+    """
+
+    name: str
+    until: int
+    shield: float = 0.0
+    balance: float | None = None
+    rate: dict[str, float] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Phases:
+    """The list is what runs; the three numbers above it are what its entries usually refer to."""
+
+    steps: int
+    shield_steps: int
+    release_scale: float  # factor on the generation gradient through shield targets after the shielding
+    list: tuple[Phase, ...]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """weights: data set -> share of the samples. drop: sets drawn but left out, so that the other samples of every
+    micro-batch stay exactly those of the full mix (the understanding-only control at matched tokens)."""
+
+    weights: dict[str, float]
+    drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Image sampling: Euler steps on the flow, classifier-free guidance, time shift (1 = none)."""
+
+    steps: int = 12
+    guidance: float = 2.0
+    time_shift: float = 1.0
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`.
+
+    The balance loss is n * sum_i f_i P_i per router (1 at balance), **averaged** over routers and layers. Code that
+    sums it over L layers uses weights L times smaller for the same pressure; code whose f counts the k choices
+    of a token (sums to k) uses weights k times smaller.
+    flow: mean squared error over latents, on the clean data (`x`) or on the velocity.
+    time: sigmoid(n), n ~ Normal(time_mean, time_std).
+    """
+
+    name: Literal["flow"] = "flow"
+    prediction: Literal["x", "velocity"] = "x"
+    ce_weight: float = 1.0
+    flow_weight: float = 1.0
+    balance_weight: float = 0.01
+    z_weight: float = 0.0
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    caption_dropout: float = 0.1
+    sampler: Sampler = field(default_factory=Sampler)
+
+
+# --------------------------------------------------------------------------- start, data, run
+
+
+@dataclass(frozen=True)
+class Stage0:
+    """Understanding-only pre-training of the parent: the stand-in for a pretrained vision-language MoE."""
+
+    max_steps: int
+    lr: float
+    mix: Mix
+    warmup: int = 30
+    decay: float = 0.3
+    balance_weight: float = 0.02
+
+
+@dataclass(frozen=True)
+class Init:
+    """Where joint training starts: a stage-0 parent trained (or cached) by this config, or a checkpoint of one."""
+
+    stage0: Stage0 | None = None
+    checkpoint: str | None = None
+    assignment: Literal["profiled", "random", "contiguous"] = "profiled"
+    profile_micro_batches: int = 4
+
+
+@dataclass(frozen=True)
+class Data:
+    """source: `_target_` of what writes or finds the shards (see `symbiotic.data.embedded`).
+    sets: the data sets that it holds (families of shards), to which a mix gives weights.
+
+    A step consists of `micro_batches` micro-batches of `samples` samples each, packed to rows of `row_tokens`
+    tokens. Devices and accumulation only share the micro-batches out: their content never depends on them.
+    """
+
+    source: dict[str, Any]
+    sets: tuple[str, ...]
+    samples: int
+    row_tokens: int
+    micro_batches: int = 1
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Embedded benchmarks. every: joint steps between in-loop evaluations (0: only before and after)."""
+
+    every: int = 0
+    questions: int = 192  # knowledge questions, replayed and unreplayed together
+    readings: int = 200
+    images: int = 96
+    batch_size: int = 96
+    scorers: Literal["default", "tiny"] = "default"  # judges of the images; tiny: plumbing, judges nothing well
+
+
+@dataclass(frozen=True)
+class Paths:
+    runs: str
+    data: str
+    cache: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that `src/train.py` runs on."""
+
+    name: str
+    seed: int
+    threads: int
+    dry_run: bool
+    log_every: int
+    save_every: int
+    system: System
+    model: Model
+    rates: Rates
+    phases: Phases
+    mix: Mix
+    objective: Objective
+    init: Init
+    data: Data
+    evaluation: Evaluation
+    paths: Paths
+    trainer: dict[str, Any]
+    callbacks: dict[str, dict[str, Any] | None]
+    logger: dict[str, dict[str, Any] | None]
+    run_dir: str
+    ablation: Any = None
+    metric: str = "knowledge_unreplayed"  # what train.py returns to a sweeper
+
+
+# --------------------------------------------------------------------------- dictionary -> dataclass
+
+T = TypeVar("T")
+
+
+def near_miss(word: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean X?` when a known word is close, else the list of what is known."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known) or 'nothing'}"
+
+
+def parse(cls: type[T], value: Any, key: str = "") -> T:
+    """Build the dataclass `cls` from a plain mapping, checking keys and types on the way down.
+
+    Raises:
+        ConfigError: an unknown key (with the near miss), a missing one, or a value of another type.
+    """
+    return typing.cast(T, _convert(cls, value, key))
+
+
+def _convert(hint: Any, value: Any, key: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _dataclass(hint, value, key)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return _convert(next(a for a in args if a is not type(None)), value, key)
+    if origin is Literal:
+        if value not in args:
+            raise ConfigError(f"{key}={value!r}: must be one of {', '.join(map(str, args))}")
+        return value
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{key}={value!r}: must be a mapping")
+        return {str(k): _convert(args[1], v, f"{key}.{k}") for k, v in value.items()}
+    if origin is tuple:
+        if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
+            raise ConfigError(f"{key}={value!r}: must be a list")
+        return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+    if value == "???":
+        raise ConfigError(f"{key}: missing; it has no default")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-4 as a string
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint is not bool and isinstance(value, bool)):
+        raise ConfigError(f"{key}={value!r}: must be {hint.__name__}, not {type(value).__name__}")
+    return value
+
+
+def _dataclass(cls: type, value: Any, key: str) -> Any:
+    if value == "???" or not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={value!r}: must be a mapping with the keys of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in fields:
+            raise ConfigError(f"{prefix}{name}: no such key; {near_miss(str(name), fields)}")
+    for name, f in fields.items():
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if name not in value and required:
+            raise ConfigError(f"{prefix}{name}: missing; it has no default")
+    return cls(**{name: _convert(hints[name], v, f"{prefix}{name}") for name, v in value.items()})

@@ -1,0 +1,128 @@
+"""What a run says before it starts and after it ends: tables on the terminal, `summary.json` and `summary.txt`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from symbiotic.callbacks.checkpoint import newest_valid
+from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
+from symbiotic.evaluation.embedded import Scores
+from symbiotic.models.unified import UnifiedModel
+from symbiotic.runs import PACKAGE, read_json, source_hash, write_json, write_text
+from symbiotic.schema import Config, ConfigError
+from symbiotic.studies import console
+from symbiotic.studies.inventory import inventory
+
+if TYPE_CHECKING:
+    from symbiotic.arc import Arc
+
+REPORTED = ("und", "text", "vit", "vae")
+"""Groups of kinds whose routing the summary shows."""
+
+
+def show_plan(config: Config, model: UnifiedModel, roles: set[str]) -> None:
+    """The phase table and the parameter table, before anything is trained."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    parameters = console.parameter_table(inventory(shapes, config.model, config.system), f"Parameters: {config.system.name}")
+    console.show(console.phase_table(config, [r for r in config.rates.roles if r in roles]), parameters)
+
+
+def show_tokens(tokens: Mapping[str, int], steps: int) -> None:
+    tasks = {name: count for name, count in tokens.items() if name not in ("latents", "places")}
+    console.show(console.token_table(tasks, tokens["latents"], steps))
+
+
+def finished(folder: Path, config: Config) -> float | None:
+    """The metric of a run that is complete; None when there is something left to do."""
+    found = read_json(folder / "summary.json")
+    return None if found is None else metric_of(found["scores"], config)
+
+
+def metric_of(scores: Mapping[str, float], config: Config) -> float:
+    """Raises ConfigError when the run has no such score."""
+    if config.metric not in scores:
+        raise ConfigError(f"metric={config.metric}: no such score; known: {', '.join(sorted(scores))}")
+    return float(scores[config.metric])
+
+
+def routing_table(logged: Mapping[str, float]) -> Any:
+    """Routing of the last log by kinds of tokens, mean over layers; None for a model without routed experts."""
+    columns = {"capacity at 1": "capacity@1", "at 1.25": "capacity@1.25", "utilisation": "utilisation", "MaxVio": "maxvio"}
+    rows = []
+    for group in REPORTED:
+        values = {title: logged.get(f"routing/{metric}/{group}") for title, metric in columns.items()}
+        random = logged.get(f"routing/capacity@1/{group}/random")
+        if values["capacity at 1"] is not None:
+            cells = [console.NONE if v is None else f"{v:.3f}" for v in values.values()]
+            rows.append([group, *cells, console.NONE if random is None else f"{random:.3f}"])
+    titles = ["tokens", *columns, "random at 1"]
+    return console.make_table("Routing, last log", titles, rows) if rows else None
+
+
+def routing_of(logged: Mapping[str, float]) -> dict[str, float]:
+    """The pooled-over-layers routing metrics of the last log."""
+    return {name: value for name, value in logged.items() if name.startswith("routing/") and "/layer" not in name}
+
+
+def provenance() -> dict[str, str]:
+    """What a result needs to be comparable: code, commit, versions, machine kind (no host name)."""
+    packages = ("torch", "lightning", "hydra-core", "numpy")
+    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"code": source_hash(), "commit": commit, "python": platform.python_version(), **versions}
+
+
+def write(arc: Arc, scores: Scores) -> float:
+    """Print and store the final table with its anchors; returns the metric of the run."""
+    config, folder, steps = arc.config, arc.folder, arc.config.phases.steps
+    stages: dict[str, Mapping[str, Any]] = {
+        "stage 0": arc.stage0_scores,
+        "iteration 0": read_scores(folder / SCORES)[0],
+        f"step {steps}": {name: (value, scores.n[name]) for name, value in scores.items()},
+    }
+    judged = ", ".join(f"{name} {value:.3f}" for name, value in scores.judges.items())
+    table = console.summary_table(
+        stages,
+        f"{config.system.name}, seed {config.seed}",
+        f"The judges' own accuracy: {judged}." if judged else None,
+    )
+    routing = routing_table(arc.logged)
+    grids = sorted((folder / "samples").glob("*.png"))
+    paths = {
+        "grid": grids[-1] if grids else console.NONE,
+        "checkpoint": newest_valid(folder / "checkpoints") or console.NONE,
+        "model": folder / "model.safetensors",
+        "metrics": folder / "metrics.csv",
+        "scores": folder / SCORES,
+        "receipt": folder / "receipt.json",
+    }
+    seconds = "  ".join(f"{name} {value:.0f} s" for name, value in arc.journal.seconds.items())
+    parts = [part for part in (table, routing) if part is not None]
+    console.show(*parts, console.path_list(paths), f"time: {seconds}")
+    write_text(folder / "summary.txt", console.render(*parts, console.path_list(paths), f"time: {seconds}"))
+    value = metric_of(scores, config)
+    write_json(
+        folder / "summary.json",
+        {
+            "name": config.name,
+            "system": config.system.name,
+            "seed": config.seed,
+            "steps": steps,
+            "parent": arc.parent_name,
+            "data": arc.fingerprint,
+            "scores": dict(scores),
+            "n": dict(scores.n),
+            "judges": dict(scores.judges),
+            "anchors": {"stage 0": arc.stage0_scores, "iteration 0": stages["iteration 0"]},
+            "routing": routing_of(arc.logged),
+            "seconds": {name: round(s, 1) for name, s in arc.journal.seconds.items()},
+            "provenance": provenance(),
+        },
+    )
+    return value

@@ -1,0 +1,297 @@
+"""Every shipped config composes, validates, and names classes that take its arguments; the run folder follows."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import yaml
+from hydra import initialize_config_dir
+
+from symbiotic.checks.values import TRAINER_KEYS
+from symbiotic.config import CONF, Composer, instantiate, save_config
+from symbiotic.launch import Failure, check_members, members, prepare
+from symbiotic.layout import experts_seen, kinds_of, parameter_names, parent_system, pool_sizes, shield_kinds
+from symbiotic.models.unified import UnifiedModel
+from symbiotic.schema import KINDS, PARENT, Config, ConfigError, parse
+from symbiotic.training.roles import assign_roles
+
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+SYSTEMS = sorted(path.stem for path in (CONF / "system").glob("*.yaml"))
+FILES = sorted(path for path in CONF.rglob("*.yaml"))
+GLOBAL = ("experiment", "ablation", "study", "debug")  # groups whose files are deltas on the whole config
+NEEDS = {  # options that mean nothing alone
+    "rates=roles": None,  # what the other rates are built on
+    "init=checkpoint": ["init.checkpoint={file}"],
+    "trainer=ddp": ["data.micro_batches=2"],
+}
+OPTIONS = [
+    f"{path.parent.name}={path.stem}" for path in FILES if path.parent != CONF and path.parent.name != "experiment"
+]
+
+
+@pytest.fixture(scope="module")
+def composer() -> Iterator[Composer]:
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
+        yield Composer()
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("runs", "data", "cache"):
+        monkeypatch.setenv(f"SYMBIOTIC_{name.upper()}", str(tmp_path / name))
+
+
+# --------------------------------------------------------------------------- composition
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("option", [option for option in OPTIONS if NEEDS.get(option, ()) is not None])
+def test_every_option_composes_and_validates(composer: Composer, experiment: str, option: str, tmp_path: Path) -> None:
+    file = tmp_path / "parent.safetensors"
+    file.touch()
+    more = [o.format(file=file) for o in NEEDS.get(option) or ()]
+    config = composer.config([f"experiment={experiment}", option, *more])
+    assert config.name == experiment
+    assert Path(config.run_dir).parent == tmp_path / "runs" / experiment
+
+
+@pytest.mark.parametrize("mix", ["joint", "und_only"])
+@pytest.mark.parametrize("rates", ["grouped", "uniform"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_axes_are_independent(composer: Composer, system: str, rates: str, mix: str) -> None:
+    config = composer.config(["experiment=smoke", f"system={system}", f"rates={rates}", f"mix={mix}"])
+    assert config.system.name == system
+    assert bool(config.mix.drop) == (mix == "und_only")
+
+
+def test_shared_rates_are_no_option_of_their_own(composer: Composer) -> None:
+    with pytest.raises(ConfigError, match=r"rates\.lr: missing"):
+        composer.config(["rates=roles"])
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_hold_only_override_lines_and_run_level_keys(name: str) -> None:
+    text = (CONF / "experiment" / f"{name}.yaml").read_text()
+    node = yaml.safe_load(text)
+    run_level = set(yaml.safe_load((CONF / "run_level.yaml").read_text()))
+    assert set(node) - {"defaults"} <= run_level
+    assert all(next(iter(line)).startswith("override /") for line in node["defaults"])
+    assert all(re.search(rf"^# {word} ", text, re.MULTILINE) for word in ("command", "cost", "result"))
+    assert f"python src/train.py experiment={name}" in text
+
+
+def test_ablations_never_touch_the_choice_of_a_system() -> None:
+    for path in (CONF / "ablation").glob("*.yaml"):
+        node = yaml.safe_load(path.read_text())
+        assert "system" not in node, path
+        assert "system" not in str(node.get("defaults", "")), path
+
+
+def test_only_deltas_are_global() -> None:
+    for path in FILES:
+        assert ("@package _global_" in path.read_text()) == (path.parent.name in GLOBAL), path
+
+
+@pytest.mark.parametrize("ablation", [["ratio_3_1"], ["no_shielding"], ["ratio_3_1", "no_shielding"]])
+def test_ablations_take_effect_alone_and_together(composer: Composer, ablation: list[str]) -> None:
+    config = composer.config(["experiment=smoke", f"ablation=[{','.join(ablation)}]"])
+    assert config.model.gen_fraction == (0.25 if "ratio_3_1" in ablation else 0.5)
+    assert len(config.phases.list) == (1 if "no_shielding" in ablation else 2)
+    assert config.ablation == ablation
+
+
+# --------------------------------------------------------------------------- what the values mean
+
+
+def test_phases_refer_to_their_three_numbers(composer: Composer) -> None:
+    phases = composer.config(["phases.steps=200", "phases.shield_steps=50", "phases.release_scale=0.25"]).phases
+    assert [(p.name, p.until, p.shield) for p in phases.list] == [("shield", 50, 1.0), ("joint", 200, 0.75)]
+
+
+def test_a_phase_without_a_step_is_left_out(composer: Composer) -> None:
+    assert [p.name for p in composer.config(["phases.shield_steps=0"]).phases.list] == ["joint"]
+    assert [p.name for p in composer.config(["phases.shield_steps=450"]).phases.list] == ["shield"]
+
+
+def test_a_role_set_to_null_has_the_common_rate(composer: Composer) -> None:
+    assert composer.config([]).rates.by_role == {"gen": 3e-3, "latent": 3e-3}
+    assert composer.config(["rates=uniform"]).rates.by_role == {}
+    assert composer.config(["rates.by_role.gen=null"]).rates.by_role == {"latent": 3e-3}
+
+
+def test_a_checkpoint_replaces_stage_0(composer: Composer, tmp_path: Path) -> None:
+    file = tmp_path / "parent.safetensors"
+    file.touch()
+    assert composer.config([f"init.checkpoint={file}"]).init.stage0 is None
+
+
+def test_a_saved_config_reads_back_as_itself(composer: Composer, tmp_path: Path) -> None:
+    config = composer.config(["experiment=smoke", "system=bagel"])
+    save_config(config, tmp_path / "config.yaml")
+    assert parse(Config, yaml.safe_load((tmp_path / "config.yaml").read_text())) == config
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+# --------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_parameter_names_and_roles_are_those_of_the_model(composer: Composer, system: str) -> None:
+    dials = ["model.attention.qkv_bias=true", "model.gated_shared=true", "model.tied_head=true"]
+    dense = ["model.dense_layers=[0]", "model.dense_hidden=16"]
+    for overrides in ([], [*dials, *dense], ["model.attention.qk_norm=none"]):
+        config = composer.config(["experiment=smoke", f"system={system}", *overrides])
+        for layout, latents in ((config.system, True), (parent_system(config.system), False)):
+            names = [name for name, _ in UnifiedModel(config.model, layout, latents).named_parameters()]
+            assert sorted(parameter_names(config.model, layout, latents)) == sorted(names)
+            assert set(assign_roles(names, config.rates.roles)) == set(names)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_expert_is_seen_and_the_parent_has_one_of_each(composer: Composer, system: str) -> None:
+    config = composer.config([f"system={system}"])
+    sizes = pool_sizes(config.model, config.system)
+    assert sum(sizes.values()) == (config.model.num_experts if sizes else 0)
+    assert all(kinds_of(config.system, f"pools.{pool}") for pool in sizes)
+    parent = parent_system(config.system)
+    assert pool_sizes(config.model, parent) == ({PARENT: 16} if sizes else {})
+    assert set(experts_seen(config.model, parent).values()) == {16 if sizes else 0}
+    assert shield_kinds(parent) == {}
+
+
+def test_shields_spell_out_the_shared_experts(composer: Composer) -> None:
+    assert shield_kinds(composer.config([]).system) == {"shared.all": ("vae",)}
+    assert shield_kinds(composer.config(["system.shield.mode=none"]).system) == {}
+    both = composer.config(["++system.shield.targets={shared: [vae, vit], pools.und: [text]}"]).system
+    assert shield_kinds(both) == {"shared.all": ("vit", "vae"), "pools.und": ("text",)}
+    assert set(KINDS) == set(kinds_of(both, "shared.all"))
+
+
+# --------------------------------------------------------------------------- the run folder
+
+
+def test_the_run_folder_follows_from_what_matters(composer: Composer, tmp_path: Path) -> None:
+    def folder(*overrides: str) -> str:
+        return str(Path(composer.config(["experiment=smoke", *overrides]).run_dir).relative_to(tmp_path / "runs"))
+
+    usual = folder()
+    assert re.fullmatch(r"smoke/symbiotic-[0-9a-f]{8}-seed0", usual)
+    unchanged = ["threads=2", "dry_run=true", "log_every=7", "save_every=3", "logger=none", "data.num_workers=2"]
+    assert {folder(o) for o in [*unchanged, "trainer=ddp", f"paths.data={tmp_path}/other", "metric=reading"]} == {usual}
+    changed = ["rates.lr=1e-4", "phases.steps=21", "mix=und_only", "data.samples=8", "trainer.precision=64-true"]
+    changed += ["evaluation.images=4", "init.stage0.max_steps=5", "callbacks.gradient_shielding=null"]
+    assert len({usual, *(folder(o) for o in changed)}) == len(changed) + 1
+    assert folder("seed=3") == usual.replace("seed0", "seed3")
+    assert folder("name=other") == usual.replace("smoke/", "other/")
+
+
+def test_pools_in_another_order_are_another_layout(composer: Composer) -> None:
+    one = composer.config(["~system.pools.und", "+system.pools.und=0.5"]).run_dir
+    assert one != composer.config(["~system.pools.gen", "+system.pools.gen=0.5"]).run_dir
+
+
+def test_members_of_a_multirun_have_the_folders_of_single_runs(composer: Composer) -> None:
+    master = composer.composed(["experiment=smoke", "system=standard_moe,symbiotic", "seed=0,1"], multirun=True)
+    configs = check_members(composer, master, [])
+    assert [(c.system.name, c.seed) for c in configs] == [(s, n) for s in ("standard_moe", "symbiotic") for n in (0, 1)]
+    single = composer.config(["experiment=smoke", "system=symbiotic", "seed=1"])
+    assert configs[-1].run_dir == single.run_dir
+    subdir = composer.composed(members(master)[-1])["hydra"]
+    assert f"{subdir.sweep.dir}/{subdir.sweep.subdir}" == single.run_dir == subdir.run.dir
+
+
+def test_a_study_can_ask_for_a_multirun(composer: Composer, tmp_path: Path) -> None:
+    study = "# @package _global_\nhydra: {mode: MULTIRUN, sweeper: {params: {seed: '0,1'}}}\n"
+    (tmp_path / "study").mkdir()
+    (tmp_path / "study" / "seeds.yaml").write_text(study)
+    overrides = [f"hydra.searchpath=['file://{tmp_path}']", "study=seeds"]
+    assert members(composer.composed(overrides, multirun=True)) == [["seed=0", "study=seeds"], ["seed=1", "study=seeds"]]
+    assert prepare(composer, overrides, multirun=False) is True
+    assert prepare(composer, [], multirun=False) is False
+
+
+def test_a_failure_crosses_processes() -> None:
+    failure = pickle.loads(pickle.dumps(Failure(status=2)))
+    assert math.isnan(failure)
+    assert failure.status == 2
+
+
+# --------------------------------------------------------------------------- building
+
+
+def targets(node: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(node, dict):
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from targets(value)
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_target_takes_its_arguments(composer: Composer, experiment: str) -> None:
+    from hydra.utils import get_class
+
+    config = composer.config([f"experiment={experiment}"])
+    nodes = list(targets(json.loads(json.dumps(asdict(config)))))
+    assert len(nodes) >= 10
+    for node in nodes:
+        given = {name: value for name, value in node.items() if name != "_target_"}
+        signature = inspect.signature(get_class(node["_target_"]))
+        if node["_target_"].startswith("symbiotic."):
+            assert all(p.kind is not p.VAR_KEYWORD for p in signature.parameters.values())
+        signature.bind_partial(**given)
+        if node["_target_"].startswith("torch.optim"):
+            given["params"] = []
+        signature.bind(**given)
+
+
+@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp"])
+def test_trainers_name_arguments_of_lightning(composer: Composer, trainer: str) -> None:
+    config = composer.config(["experiment=smoke", f"trainer={trainer}", "debug=overfit"])
+    inspect.signature(lightning.Trainer).bind(**config.trainer)
+
+
+def test_the_known_arguments_are_those_of_lightning() -> None:
+    assert set(inspect.signature(lightning.Trainer).parameters) >= TRAINER_KEYS
+
+
+def test_instantiate_builds_what_is_allowed(composer: Composer) -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    groups = [{"params": [weight], "lr": 0.5, "role": "gen"}]
+    optimizer = instantiate(composer.config([]).rates.optimizer, "rates.optimizer", params=groups)
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["params"][0] is weight
+    assert optimizer.param_groups[0]["role"] == "gen"
+    assert tuple(optimizer.defaults["betas"]) == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"_target_": "os.system", "command": "true"},
+        {"_target_": "subprocess.Popen", "args": "true"},
+        {"_target_": "torch.optim.adamw.torch.load", "f": "x"},
+        {"_target_": "lightning.pytorch.loggers.csv_logs.os.system", "command": "true"},
+        {"_target_": "symbiotic.config.os.system", "command": "true"},
+        {"_target_": "symbiotic.config.instantiate", "node": {}},
+        {"_target_": "torch.optim.AdamW", "_args_": [1]},
+        {"_target_": "torch.optim.AdamW", "_partial_": True},
+        {"_target_": "torch.optim.AdamW", "lr": {"_target_": "os.getcwd"}},
+        {"_target_": "torch.optim.AdamW", "learning_rate": 1},
+        {"lr": 1},
+    ],
+)
+def test_instantiate_refuses_the_rest(node: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"^key"):
+        instantiate(node, "key")

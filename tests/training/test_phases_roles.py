@@ -1,0 +1,68 @@
+"""Phases, rates and roles: what holds at a step is a function of the step."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from factory import SYSTEMS, build
+from symbiotic.schema import ConfigError, Phase, Phases, Rates
+from symbiotic.training.phases import active_phases, lr_factor, phase_at, role_rates, shield_level
+from symbiotic.training.roles import assign_roles
+
+PHASES = Phases(
+    steps=450,
+    shield_steps=80,
+    release_scale=0.1,
+    list=(Phase("shield", 80, shield=1.0, rate={"gen": 0.5}), Phase("joint", 450, shield=0.9)),
+)
+RATES = Rates(roles={}, lr=3e-4, optimizer={}, by_role={"gen": 3e-3, "und": None}, warmup=30, decay=0.3)
+
+
+def test_the_phase_changes_exactly_at_its_bound() -> None:
+    assert [phase_at(PHASES, s).name for s in (0, 79, 80, 449, 450, 9999)] == ["shield"] * 2 + ["joint"] * 4
+    assert [shield_level(PHASES, s) for s in (0, 79, 80)] == [1.0, 1.0, 0.9]
+
+
+def test_a_phase_of_no_steps_is_left_out() -> None:
+    none = Phases(450, 0, 1.0, (Phase("shield", 0, shield=1.0), Phase("joint", 450)))
+    assert [p.name for p in active_phases(none)] == ["joint"]
+    assert shield_level(none, 0) == 0.0
+
+
+def test_warm_up_constant_decay() -> None:
+    factor = [lr_factor(30, 0.3, 450, s) for s in range(450)]
+    assert factor[0] == pytest.approx(1 / 30)
+    assert factor[29:316] == [1.0] * 287
+    assert factor[315] == 1.0
+    assert factor[316] < 1.0
+    assert factor[449] == pytest.approx(1 / 135)
+    assert all(a >= b for a, b in itertools.pairwise(factor[30:]))
+    assert lr_factor(0, 0.0, 10, 0) == 1.0
+    assert lr_factor(0, 0.0, 10, 9) == 1.0
+
+
+def test_role_rates_multiply_base_schedule_and_phase() -> None:
+    early, late = (role_rates(RATES, PHASES, s, ("gen", "und", "shared")) for s in (40, 100))
+    assert early == pytest.approx({"gen": 1.5e-3, "und": 3e-4, "shared": 3e-4})
+    assert late == pytest.approx({"gen": 3e-3, "und": 3e-4, "shared": 3e-4})
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_parameter_of_every_system_has_exactly_one_role(name: str, project_root) -> None:  # type: ignore[no-untyped-def]
+    """(e), with the shipped patterns and the real parameter names."""
+    roles = OmegaConf.to_container(OmegaConf.load(project_root / "conf/rates/roles.yaml").roles)
+    assigned = assign_roles((n for n, _ in build(name).named_parameters()), roles)  # type: ignore[arg-type]
+    partitioned = name in ("symbiotic", "mot", "bagel", "tripartite", "standard_separable")
+    assert ("gen" in assigned.values()) == partitioned
+    assert ("common" in assigned.values()) == (name in ("standard_moe", "multi_gate"))
+    assert assigned["latent_head.weight"] == "latent"
+    if name == "bagel":
+        assert assigned["blocks.0.attention.gen.q.weight"] == "gen"
+
+
+def test_an_uncovered_or_doubly_covered_parameter_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"'b\.weight' is covered by no role"):
+        assign_roles(["a.weight", "b.weight"], {"one": ["^a"]})
+    with pytest.raises(ConfigError, match=r"'a\.weight' matches the roles one, two"):
+        assign_roles(["a.weight"], {"one": ["^a"], "two": ["weight"]})
