@@ -17,9 +17,10 @@ import pytest
 import torch
 import yaml
 from hydra import initialize_config_dir
+from omegaconf import OmegaConf
 
 from symbiotic.checks.values import TRAINER_KEYS
-from symbiotic.config import CONF, Composer, instantiate, save_config
+from symbiotic.config import CONF, Composer, instantiate, run_name, save_config
 from symbiotic.launch import Failure, check_members, members, prepare
 from symbiotic.layout import experts_seen, kinds_of, parameter_names, parent_system, pool_sizes, shield_kinds
 from symbiotic.models.unified import UnifiedModel
@@ -197,8 +198,10 @@ def test_the_run_folder_follows_from_what_matters(composer: Composer, tmp_path: 
 
 
 def test_pools_in_another_order_are_another_layout(composer: Composer) -> None:
-    one = composer.config(["~system.pools.und", "+system.pools.und=0.5"]).run_dir
-    assert one != composer.config(["~system.pools.gen", "+system.pools.gen=0.5"]).run_dir
+    raw: Any = OmegaConf.to_container(composer.composed([]), resolve=False)
+    swapped = {**raw["system"], "pools": dict(reversed(raw["system"]["pools"].items()))}
+    assert run_name(raw) != run_name({**raw, "system": swapped})
+    assert run_name(raw) == run_name(dict(reversed(raw.items())))
 
 
 def test_members_of_a_multirun_have_the_folders_of_single_runs(composer: Composer) -> None:
@@ -216,7 +219,10 @@ def test_a_study_can_ask_for_a_multirun(composer: Composer, tmp_path: Path) -> N
     (tmp_path / "study").mkdir()
     (tmp_path / "study" / "seeds.yaml").write_text(study)
     overrides = [f"hydra.searchpath=['file://{tmp_path}']", "study=seeds"]
-    assert members(composer.composed(overrides, multirun=True)) == [["seed=0", "study=seeds"], ["seed=1", "study=seeds"]]
+    assert members(composer.composed(overrides, multirun=True)) == [
+        ["seed=0", "study=seeds"],
+        ["seed=1", "study=seeds"],
+    ]
     assert prepare(composer, overrides, multirun=False) is True
     assert prepare(composer, [], multirun=False) is False
 

@@ -39,7 +39,7 @@ from symbiotic.fit import fit
 from symbiotic.layout import parent_system
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import Journal, digest, load_state, locked, read_json, save_state, source_hash, write_json
-from symbiotic.schema import Config, Mix, Phase, Phases, RunError
+from symbiotic.schema import Config, Phase, Phases, RunError
 from symbiotic.studies import console, summary
 from symbiotic.training.roles import assign_roles
 
@@ -135,7 +135,7 @@ class Arc:
 
     def train_parent(self, config: Config, folder: Path) -> dict[str, Tensor]:
         callbacks = [StepLog(config.log_every), LRPhases(), Progress(config.log_every, label="stage 0")]
-        module, _ = fit(config, folder, self.dataset(config, False), callbacks, [CSVLog(str(folder))], latents=False)
+        module = fit(config, folder, self.dataset(config, False), callbacks, [CSVLog(str(folder))], latents=False)
         state = module.model.state_dict()
         save_config(config, folder / "config.yaml")
         save_state(folder / "parent.safetensors", state, data=self.fingerprint)
@@ -187,7 +187,7 @@ class Arc:
         summary.show_tokens(dataset.plan.tokens_by_task(steps), steps)
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
-            module, self.logged = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
+            module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
             save_state(self.folder / "model.safetensors", module.model.state_dict())
         with self.journal.step("evaluation", self.evaluation_key(), "evaluate the final model", self.folder / SCORES):
             return self.record(module.model, steps)
@@ -255,7 +255,8 @@ def stage0_config(config: Config) -> Config:
         system=parent_system(config.system),
         rates=rates,
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
-        mix=Mix(stage0.mix.weights, stage0.mix.drop),
+        mix=stage0.mix,
+        data=dataclasses.replace(config.data, samples=stage0.samples),
         objective=dataclasses.replace(config.objective, flow_weight=0.0, balance_weight=stage0.balance_weight),
     )
 

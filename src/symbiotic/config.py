@@ -106,6 +106,9 @@ def load(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence
     Raises:
         ConfigError: anything that is wrong with it.
     """
+    for name, node in raw.items():
+        if (CONF / name).is_dir() and not isinstance(node, Mapping):
+            raise ConfigError(f"{name}={node}: must be a mapping with the keys of the group {name}")
     ablated = ablations(choices, overrides)
     extra = {"ablation": ablated}
     parse(Config, resolved({**raw, "run_dir": ""}) | extra)  # first without the folder, whose name is made of the rest

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError, StepCheckpoint, newest_valid
-from symbiotic.callbacks.log import latest_metrics
 from symbiotic.config import instantiate
 from symbiotic.data.loader import MicroBatches, train_loader
 from symbiotic.module import SymbioticModule
@@ -39,10 +40,26 @@ def make_module(
     return SymbioticModule(config, optimizer, loader, state, latents)
 
 
+NOISE = {
+    ".*treespec, LeafSpec.*": "inside Lightning, of torch's own pytree",
+    ".*does not have many workers.*": "decoded samples are cached in memory",
+    ".*ended before the epoch ended.*": "training is by steps, and the sampler starts at the step of the checkpoint",
+}
+"""Warnings of Lightning that say nothing about a run of ours, and why."""
+
+
+def quieten() -> None:
+    """Leave Lightning's advice on hardware, cloud logging and epochs away; its other warnings stay."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+
+
 def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: list[Any]) -> Any:
     """A Lightning Trainer by steps: `config.trainer` says where it runs, the rest follows from the config."""
     import lightning
 
+    quieten()
     devices = config.trainer.get("devices", 1)
     ranks = (devices if isinstance(devices, int) else 1) * config.trainer.get("num_nodes", 1)
     checkpoints = StepCheckpoint(str(folder / "checkpoints"), config.save_every)
@@ -61,7 +78,7 @@ def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: li
         limit_val_batches=0,
         enable_model_summary=False,
         enable_progress_bar=False,
-        log_every_n_steps=config.log_every,
+        log_every_n_steps=0,
     )
 
 
@@ -73,10 +90,8 @@ def fit(
     loggers: list[Any],
     state: Mapping[str, Tensor] | None = None,
     latents: bool = True,
-) -> tuple[SymbioticModule, dict[str, float]]:
-    """Train to the last step, from the newest valid checkpoint in `folder` or from `state`.
-
-    Returns the module with its final parameters, and the newest value of everything that was logged.
+) -> SymbioticModule:
+    """Train to the last step, from the newest valid checkpoint in `folder` or from `state`; returns the module.
 
     Raises:
         RunError: a checkpoint could not be written or read.
@@ -92,4 +107,4 @@ def fit(
         raise RunError(str(error)) from error
     if trainer.interrupted:
         raise KeyboardInterrupt
-    return module, dict(latest_metrics(trainer))
+    return module

@@ -76,6 +76,8 @@ def _written(key: str, overrides: Sequence[str]) -> str:
 
 def _unknown_key(key: str, text: str, overrides: Sequence[str], known: Mapping[str, Any]) -> str:
     written = _written(key, overrides)
+    if "delete" in text:
+        return f"~{key}: nothing to delete; {nearest(key, known)}"
     if "already at" in text:
         return f"{written}: {key} is there already; leave the + away"
     return f"{written}: no such key; {nearest(key, known)}"
@@ -94,7 +96,7 @@ def nearest(key: str, node: Any) -> str:
             known = [".".join((*parts[:i], str(name))) for name in node]
             return near_miss(".".join(parts[: i + 1]), known)
         node = node[part]
-    return "it cannot be set so"
+    return "it is null" if node is None else "it cannot be set so"
 
 
 def _omegaconf(error: BaseException) -> str:

@@ -221,6 +221,7 @@ class Stage0:
     max_steps: int
     lr: float
     mix: Mix
+    samples: int  # per micro-batch
     warmup: int = 30
     decay: float = 0.3
     balance_weight: float = 0.02

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from factory import random_batch
 from symbiotic.callbacks.checkpoint import StepCheckpoint, newest_valid
-from symbiotic.callbacks.csv_log import CSVLog
+from symbiotic.callbacks.csv_log import CSVLog, last_values
 from symbiotic.callbacks.log import StepLog, latest_metrics, num_samples
 from symbiotic.callbacks.lr_phases import LRPhases
 from symbiotic.callbacks.routing_monitor import RoutingMonitor
@@ -131,6 +131,14 @@ def test_csv_takes_new_columns_merges_a_step_and_drops_what_a_resume_repeats(tmp
     log.log_metrics({"a": 6.0}, step=3)
     rows = table(tmp_path / "metrics.csv")
     assert [(row["step"], row["a"], row["b"]) for row in rows] == [("1", "1", "2"), ("2", "30", "5"), ("3", "6", "")]
+
+
+def test_the_newest_value_of_every_metric_can_be_read_back(tmp_path: Path) -> None:
+    log = CSVLog(str(tmp_path))
+    log.log_metrics({"a": 1.5, "b": 2.0}, step=1)
+    log.log_metrics({"a": 3.0}, step=2)
+    assert last_values(tmp_path / "metrics.csv") == {"a": 3.0, "b": 2.0}
+    assert last_values(tmp_path / "absent.csv") == {}
 
 
 def test_csv_forgets_a_row_that_a_kill_cut_off(tmp_path: Path) -> None:

@@ -70,13 +70,7 @@ class CSVLog(Logger):
             self._append(rows[-1])
 
     def _read(self) -> list[Row]:
-        if not self.path.exists():
-            return []
-        with self.path.open(newline="") as file:
-            text = file.read()
-        complete = text[: text.rfind("\n") + 1]
-        rows = list(csv.DictReader(complete.splitlines()))
-        return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+        return read_rows(self.path)
 
     def _rewrite(self, columns: list[str], rows: list[Row]) -> None:
         """The whole file anew, beside its target and then in its place."""
@@ -96,3 +90,25 @@ class CSVLog(Logger):
             self._last_start = file.seek(0, os.SEEK_END)
             csv.DictWriter(file, fieldnames=self._columns, lineterminator="\n").writerow(row)
         self._last = row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The complete rows of a metrics.csv, as text; none when there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        text = file.read()
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+
+
+def last_values(path: Path | str) -> dict[str, float]:
+    """The newest value of every metric of a metrics.csv, without `step`.
+
+    What `log.latest_metrics` knows lives in the process that trained: forked ranks take it with them, and a fit that
+    found nothing left to do has none.
+    """
+    out: dict[str, float] = {}
+    for row in read_rows(Path(path)):
+        out |= {name: float(value) for name, value in row.items() if value != "" and name != "step"}
+    return out

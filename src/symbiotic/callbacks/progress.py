@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import LightningModule, Trainer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
 from symbiotic.callbacks.log import latest_metrics
 from symbiotic.callbacks.step import StepCallback, config_of
@@ -17,6 +18,16 @@ from symbiotic.layout import shield_kinds
 from symbiotic.training.phases import phase_at
 
 SETTLED = 3  # steps before a time is estimated: the first ones allocate, compile and fill caches
+
+
+class TwoLines(Bar):
+    """A bar with a text below it, which wraps where the terminal is narrow."""
+
+    text = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.text)
 
 
 class Progress(StepCallback):
@@ -32,15 +43,15 @@ class Progress(StepCallback):
         self.every, self.label = every, label
         self._start = 0
         self._clock = 0.0
-        self._bar: Bar | None = None
+        self._bar: TwoLines | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start, self._clock = trainer.global_step, time.perf_counter()
         console = Console()
         if trainer.is_global_zero and console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
-            self._bar = Bar(*columns, TextColumn("{task.fields[text]}"), console=console, refresh_per_second=4)
-            self._bar.add_task(self.label, total=trainer.max_steps, completed=trainer.global_step, text="")
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+            self._bar = TwoLines(*columns, console=console, expand=True, refresh_per_second=4)
+            self._bar.add_task(self.label, total=trainer.max_steps, completed=trainer.global_step)
             self._bar.start()
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -50,10 +61,9 @@ class Progress(StepCallback):
             self._clock = time.perf_counter()
         line_due = step % self.every == 0 or step == trainer.max_steps
         if self._bar is not None:
-            task = self._bar.task_ids[0]
-            self._bar.update(task, completed=step)
+            self._bar.update(self._bar.task_ids[0], completed=step)
             if line_due or step == self._start + 2 * SETTLED:
-                self._bar.update(task, text=self.text(trainer, pl_module))
+                self._bar.text = self.text(trainer, pl_module)
         elif line_due:
             width = len(str(trainer.max_steps))
             print(f"{self.label} {step:{width}d}/{trainer.max_steps}  {self.text(trainer, pl_module)}", flush=True)

@@ -190,7 +190,7 @@ def _init(config: Config) -> None:
     elif stage0 is None:
         raise ConfigError("init.checkpoint=null: must be the path of a checkpoint, as init.stage0 is null")
     if stage0 is not None:
-        at_least(stage0, "init.stage0.", 1, "max_steps")
+        at_least(stage0, "init.stage0.", 1, "max_steps samples")
         at_least(stage0, "init.stage0.", 0, "warmup balance_weight")
         positive(stage0, "init.stage0.", "lr")
         share(stage0, "init.stage0.", "decay")

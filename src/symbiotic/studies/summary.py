@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symbiotic.callbacks.checkpoint import newest_valid
+from symbiotic.callbacks.csv_log import last_values
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.evaluation.embedded import Scores
 from symbiotic.models.unified import UnifiedModel
@@ -92,7 +93,8 @@ def write(arc: Arc, scores: Scores) -> float:
         f"{config.system.name}, seed {config.seed}",
         f"The judges' own accuracy: {judged}." if judged else None,
     )
-    routing = routing_table(arc.logged)
+    logged = last_values(folder / "metrics.csv")
+    routing = routing_table(logged)
     grids = sorted((folder / "samples").glob("*.png"))
     paths = {
         "grid": grids[-1] if grids else console.NONE,
@@ -120,7 +122,7 @@ def write(arc: Arc, scores: Scores) -> float:
             "n": dict(scores.n),
             "judges": dict(scores.judges),
             "anchors": {"stage 0": arc.stage0_scores, "iteration 0": stages["iteration 0"]},
-            "routing": routing_of(arc.logged),
+            "routing": routing_of(logged),
             "seconds": {name: round(s, 1) for name, s in arc.journal.seconds.items()},
             "provenance": provenance(),
         },

@@ -161,7 +161,7 @@ def _named(table: dict[str, Tensor], shown: list[tuple[int, str]]) -> dict[str, 
     pooled = {metric: value.mean(0) for metric, value in table.items()}
     layers = zip(*(value.unbind() for value in table.values()), strict=True)
     by_layer = {f"routing/layer{i}": dict(zip(table, rows, strict=True)) for i, rows in enumerate(layers)}
-    out = {}
+    out: dict[str, Tensor] = {}
     for prefix, rows in {"routing": pooled, **by_layer}.items():
         for metric, row in rows.items():
             values = row.unbind()

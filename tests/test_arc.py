@@ -1,0 +1,182 @@
+"""The arc of a run, for real, on the tiny model: every system, golden losses, resume, several processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factory import SYSTEMS
+
+from symbiotic import arc
+from symbiotic.callbacks.csv_log import read_rows
+from symbiotic.config import compose
+from symbiotic.runs import load_state, read_json
+from symbiotic.schema import Config, RunError
+
+GOLDEN = Path(__file__).parent / "golden"
+TORCH = ".".join(torch.__version__.split(".")[:2])
+
+
+def overrides(shared: Path, runs: Path, *more: str) -> list[str]:
+    paths = [f"paths.runs={runs}", f"paths.data={shared / 'data'}", f"paths.cache={shared / 'cache'}"]
+    return ["experiment=smoke", "log_every=1", "logger.tensorboard=null", *paths, *more]
+
+
+def trace(config: Config, column: str = "train/loss") -> list[float]:
+    """What was logged at every step of joint training."""
+    return [float(row[column]) for row in read_rows(Path(config.run_dir) / "metrics.csv") if row.get(column)]
+
+
+def run(shared: Path, runs: Path, *more: str) -> Config:
+    config = compose(overrides(shared, runs, *more))
+    arc.run(config)
+    return config
+
+
+def command(arguments: Sequence[str], root: Path) -> list[str]:
+    return [sys.executable, str(root / "src" / "train.py"), *arguments]
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_trains_and_keeps_its_golden_losses(
+    system: str, shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """20 joint steps. Traces are kept per minor version of torch; `make golden` writes those of the one installed."""
+    config = run(shared_tmp, tmp_path, f"system={system}")
+    losses = trace(config)
+    assert len(losses) == 20
+    assert all(torch.isfinite(torch.tensor(losses)))
+    summary = read_json(Path(config.run_dir) / "summary.json")
+    assert {"knowledge_unreplayed", "reading", "flow_error", "embedded_acc"} <= set(summary["scores"])
+    assert ("routing/capacity@1/vae" in summary["routing"]) == (system != "dense")
+    printed = capsys.readouterr().out
+    assert "iteration 0" in printed
+    path = GOLDEN / f"torch-{TORCH}.json"
+    if "SYMBIOTIC_WRITE_GOLDEN" in os.environ:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        path.write_text(json.dumps(dict(sorted((known | {system: losses}).items())), indent=1) + "\n")
+    if not path.exists():
+        pytest.skip(f"no golden losses for torch {TORCH}")
+    assert losses == pytest.approx(json.loads(path.read_text())[system], rel=1e-4)
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_trains_on_understanding_only(system: str, shared_tmp: Path, tmp_path: Path) -> None:
+    few = ("mix=und_only", "phases=none", "phases.steps=3", "evaluation.every=0", "evaluation.images=2")
+    config = run(shared_tmp, tmp_path, f"system={system}", *few)
+    assert len(trace(config)) == 3
+    assert trace(config, "tokens/vae") == [0.0, 0.0, 0.0]
+    before = load_state(Path(config.run_dir) / "init.safetensors")
+    after = load_state(Path(config.run_dir) / "model.safetensors")
+    assert torch.equal(before["latent_head.weight"], after["latent_head.weight"])
+    assert not torch.equal(before["text_head.weight"], after["text_head.weight"])
+
+
+def test_the_understanding_samples_of_the_control_are_those_of_the_full_mix(shared_tmp: Path, tmp_path: Path) -> None:
+    """Matched tokens: the control sees the same words and read patches, and nothing else."""
+    few = ("phases=none", "phases.steps=3", "evaluation.every=0", "evaluation.images=2")
+    full, control = (run(shared_tmp, tmp_path, *few, f"mix={mix}") for mix in ("joint", "und_only"))
+    for kind in ("text", "vit"):
+        assert trace(full, f"tokens/{kind}") == trace(control, f"tokens/{kind}")
+
+
+def test_two_runs_are_bit_equal(shared_tmp: Path, tmp_path: Path) -> None:
+    one, two = (run(shared_tmp, tmp_path / name) for name in ("one", "two"))
+    assert trace(one) == trace(two)
+    a, b = (load_state(Path(config.run_dir) / "model.safetensors") for config in (one, two))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_arms_share_the_parent_and_dense_has_its_own(tmp_path: Path) -> None:
+    parents = []
+    for system in ("symbiotic", "standard_moe", "dense"):
+        few = ("phases=none", "phases.steps=2")
+        config = run(tmp_path, tmp_path / "runs", f"system={system}", *few, "evaluation.every=0")
+        parents.append(read_json(Path(config.run_dir) / "summary.json")["parent"])
+    assert parents[0] == parents[1] != parents[2]
+    assert len(list((tmp_path / "cache" / "stage0").iterdir())) == 2
+
+
+def test_a_finished_run_is_not_run_again(
+    shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run(shared_tmp, tmp_path)
+    first = (Path(config.run_dir) / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
+    value = arc.run(config)
+    assert "is finished" in capsys.readouterr().out
+    assert value == read_json(Path(config.run_dir) / "summary.json")["scores"]["knowledge_unreplayed"]
+    assert (Path(config.run_dir) / "model.safetensors").stat().st_mtime_ns == first
+
+
+def test_a_parent_from_a_checkpoint_gives_the_same_run(shared_tmp: Path, tmp_path: Path) -> None:
+    one = run(shared_tmp, tmp_path / "one")
+    key = read_json(Path(one.run_dir) / "summary.json")["parent"].split()[-1]
+    parent = shared_tmp / "cache" / "stage0" / key / "parent.safetensors"
+    two = run(shared_tmp, tmp_path / "two", "init=checkpoint", f"init.checkpoint={parent}", "init.assignment=profiled")
+    assert load_state(Path(one.run_dir) / "init.safetensors").keys() == load_state(
+        Path(two.run_dir) / "init.safetensors"
+    ).keys()
+    assert torch.equal(
+        load_state(Path(one.run_dir) / "init.safetensors")["text_head.weight"],
+        load_state(Path(two.run_dir) / "init.safetensors")["text_head.weight"],
+    )
+
+
+def test_a_parent_of_another_size_is_refused_by_name(shared_tmp: Path, tmp_path: Path) -> None:
+    one = run(shared_tmp, tmp_path / "one")
+    parent = Path(one.run_dir) / "model.safetensors"  # a split model is no parent
+    with pytest.raises(RunError, match=r"no parameter .blocks\.0\.moe\.pools\.all\.w_in."):
+        run(shared_tmp, tmp_path / "two", "init=checkpoint", f"init.checkpoint={parent}")
+
+
+def test_dry_run_prints_the_tables_and_trains_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = compose(overrides(tmp_path, tmp_path / "runs", "dry_run=true"))
+    arc.run(config)
+    printed = capsys.readouterr().out
+    assert "shield" in printed
+    assert "routed experts und" in printed
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_killed_run_resumes_bit_exactly(shared_tmp: Path, tmp_path: Path, project_root: Path) -> None:
+    """SIGKILL once the first checkpoint is there; the second start ends with the losses of an undisturbed run."""
+    reference = run(shared_tmp, tmp_path / "whole", "phases.steps=40", "save_every=5")
+    arguments = overrides(shared_tmp, tmp_path / "killed", "phases.steps=40", "save_every=5")
+    config = compose(arguments)
+    folder = Path(config.run_dir) / "checkpoints"
+    with subprocess.Popen(command(arguments, project_root), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and not list(folder.glob("step=*.ckpt")):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (Path(config.run_dir) / "summary.json").exists()
+    arc.run(config)
+    assert trace(config) == trace(reference)
+    a, b = (load_state(Path(c.run_dir) / "model.safetensors") for c in (config, reference))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_go_through_the_whole_arc_with_the_samples_of_one(
+    shared_tmp: Path, tmp_path: Path, project_root: Path
+) -> None:
+    one = run(shared_tmp, tmp_path / "one")
+    arguments = overrides(tmp_path, tmp_path / "two", "trainer=ddp")  # a cache of its own: both fits run in two ranks
+    done = subprocess.run(command(arguments, project_root), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two = compose(arguments)
+    assert trace(two) == pytest.approx(trace(one), rel=1e-5)
+    for kind in ("text", "prompt", "vit", "vae"):
+        assert trace(two, f"tokens/{kind}") == trace(one, f"tokens/{kind}")
+    summaries: list[Any] = [read_json(Path(c.run_dir) / "summary.json")["routing"] for c in (one, two)]
+    assert summaries[1] == pytest.approx(summaries[0], rel=2e-3)
