@@ -91,7 +91,7 @@ def pictures(n: int, side: int = 20) -> np.ndarray:
 
 def test_grid_holds_every_image_pixel_by_pixel_and_all_captions() -> None:
     images = pictures(5)
-    grid = np.asarray(draw_grid(images, ["red 7 on blue top left"] * 5, columns=4, width=240))
+    grid = np.asarray(draw_grid(images, ["red 7 on gray bar left"] * 5, columns=4, width=240))
     assert grid.shape[1] == 4 * 240
     assert grid.shape[0] % 2 == 0
     top, left, factor = 10, 240 + 10, 11  # the second cell; 220 pixels hold 20 x 11

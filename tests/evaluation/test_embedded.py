@@ -178,7 +178,7 @@ def test_a_parent_without_latents_has_no_image_scores(corpus: Path) -> None:
 
 def test_pictures_are_a_function_of_seed_number_and_caption(corpus: Path) -> None:
     model, tokenizer = build("symbiotic", vocab_size=VOCABULARY).eval(), Tokenizer.load(corpus / "tokenizer.json")
-    captions = ["red 7 on black top left", "blue 1 on gray bottom right", "white 0 on teal top right"]
+    captions = ["red 7 on black bar top", "blue 1 on gray bar right", "white 0 on teal bar left"]
     objective = Objective(sampler=Sampler(steps=3))
 
     def make(texts: list[str], **more: Any) -> np.ndarray:

@@ -36,7 +36,7 @@ def test_the_judges_of_one_corpus(tiny_scorers: Scorers) -> None:
     with torch.no_grad():
         seen = tiny_scorers.attributes(images)
         features = tiny_scorers.features(images)
-        cosines = tiny_scorers.cosines(images[:7], ["red 7 on blue top left"] * 7)
+        cosines = tiny_scorers.cosines(images[:7], ["red 7 on gray bar left"] * 7)
         alone = tiny_scorers.features(images[3:4])
     assert all(value in VALUES[i] for row in seen for i, value in enumerate(row))
     assert features.shape == (960, 32)

@@ -34,11 +34,11 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "brown": (104, 64, 32),
     "teal": (16, 96, 100),
 }
-LAYOUTS: dict[str, tuple[int, int]] = {  # upper left pixel of the digit; patch-aligned
-    "top left": (0, 0),
-    "top right": (0, GENERATION_SIZE[1] - CELL),
-    "bottom left": (GENERATION_SIZE[0] - CELL, 0),
-    "bottom right": (GENERATION_SIZE[0] - CELL, GENERATION_SIZE[1] - CELL),
+LAYOUTS: dict[str, tuple[slice, slice]] = {  # where the bar lies: rows, columns
+    "top": (slice(0, 2), slice(None)),
+    "bottom": (slice(-2, None), slice(None)),
+    "left": (slice(None), slice(0, 2)),
+    "right": (slice(None), slice(-2, None)),
 }
 
 _FONT = (
@@ -126,13 +126,13 @@ class Attributes:
 
     @property
     def short_caption(self) -> str:
-        return f"{self.foreground} {self.digit} on {self.background} {self.layout}"
+        return f"{self.foreground} {self.digit} on {self.background} bar {self.layout}"
 
     @property
     def long_caption(self) -> str:
         return (
             f"a picture of the digit {self.digit} painted in {self.foreground} "
-            f"in the {self.layout} corner of a {self.background} canvas ."
+            f"on a {self.background} canvas with a bar at the {self.layout} ."
         )
 
 
@@ -152,9 +152,12 @@ def held_out_attributes(seed: int) -> frozenset[Attributes]:
 
 
 def render_generation(attributes: Attributes, rng: np.random.Generator) -> Array:
-    """The picture that a caption describes: uint8 [20, 20, 3]; colours vary by up to 6 of 255 a channel."""
+    """The picture that a caption describes: uint8 [20, 20, 3]; colours vary by up to 6 of 255 a channel.
+
+    The digit stands in the middle, each dot of the font 2 x 2 pixels; the bar lies along one side.
+    """
     ink = np.zeros(GENERATION_SIZE, dtype=np.float32)
-    y, x = LAYOUTS[attributes.layout]
-    ink[y : y + CELL, x : x + CELL] = glyph(attributes.digit)
+    ink[2:18, 2:18] = np.kron(glyph(attributes.digit), np.ones((2, 2), dtype=np.float32))
+    ink[LAYOUTS[attributes.layout]] = 1.0
     picture = paint(ink, attributes.foreground, attributes.background, 6, rng)
     return np.clip(picture, 0, 255).astype(np.uint8)

@@ -1,0 +1,169 @@
+"""Finished runs side by side: `python -m symbiotic.studies.compare RUNS [--steps 300 450] [--csv results.csv]`.
+
+Runs whose configs differ in the seed only are one arm; an arm is named by what sets it apart from the others. A score
+is the mean over the arm's seeds and their sample standard deviation (none with one seed).
+Refuses to mix runs of different code or data: their numbers do not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
+from symbiotic.runs import read_json
+from symbiotic.schema import RunError
+from symbiotic.studies import console
+
+IGNORED = ("seed", "run_dir", "name", "paths", "threads", "log_every", "save_every", "ablation", "metric")
+NAMES = {"system.name": "", "rates.lr": "lr ", "rates.by_role": "", "mix.drop": "without "}
+"""Keys that name an arm, and what stands before their value."""
+
+ROUTING = ("capacity@1.25/und", "capacity@1.25/vae", "utilisation/und", "utilisation/vae")
+
+
+@dataclass
+class Run:
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    scores: dict[int, dict[str, float | None]]
+
+
+@dataclass
+class Arm:
+    """Runs that differ in the seed only."""
+
+    name: str
+    runs: list[Run] = field(default_factory=list)
+
+    def values(self, step: int, score: str) -> list[float]:
+        found = (run.scores.get(step, {}).get(score) for run in self.runs)
+        return [float(value) for value in found if value is not None]
+
+    def routing(self, metric: str) -> list[float]:
+        found = (run.summary["routing"].get(f"routing/{metric}") for run in self.runs)
+        return [float(value) for value in found if value is not None]
+
+
+def read_runs(root: Path) -> list[Run]:
+    """Every finished run below `root`.
+
+    Raises:
+        RunError: there is none, or they were made by different code or from different data.
+    """
+    folders = sorted(path.parent for path in root.rglob("summary.json"))
+    runs = [
+        Run(f, read_json(f / "summary.json"), yaml.safe_load((f / "config.yaml").read_text()), read_scores(f / SCORES))
+        for f in folders
+    ]
+    if not runs:
+        raise RunError(f"{root}: no finished run (a folder with summary.json) in here")
+    for what, value in (("code", lambda r: r.summary["provenance"]["code"]), ("data", lambda r: r.summary["data"])):
+        odd = next((run for run in runs if value(run) != value(runs[0])), None)
+        if odd is not None:
+            raise RunError(f"{odd.folder}: other {what} ({value(odd)}) than {runs[0].folder} ({value(runs[0])})")
+    return runs
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay, and so do the mappings that `NAMES` has."""
+    out: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        whole = name in NAMES or not isinstance(value, Mapping)
+        out |= {name: value} if whole else flat(value, f"{name}.")
+    return out
+
+
+def arms(runs: Sequence[Run]) -> list[Arm]:
+    """In the order of their names; seeds in order."""
+    flats = [flat({k: v for k, v in run.config.items() if k not in IGNORED}) for run in runs]
+    varying = [key for key in NAMES if len({repr(f.get(key)) for f in flats}) > 1]
+    found: dict[str, Arm] = {}
+    for run, values in sorted(zip(runs, flats, strict=True), key=lambda pair: pair[0].config["seed"]):
+        identity = repr(sorted(values.items(), key=lambda item: item[0]))
+        name = ", ".join(text for key in varying if (text := label(key, values.get(key))))
+        found.setdefault(identity, Arm(name or run.config["system"]["name"])).runs.append(run)
+    return sorted(found.values(), key=lambda arm: arm.name)
+
+
+def label(key: str, value: Any) -> str:
+    if value in ({}, [], None):
+        return ""
+    if isinstance(value, Mapping):
+        rates = {role: rate for role, rate in value.items() if rate is not None}
+        return " ".join(f"{role} {rate:g}" for role, rate in rates.items())
+    text = "+".join(map(str, value)) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else value
+    return f"{NAMES[key]}{text}"
+
+
+def cell(values: Sequence[float]) -> str:
+    """`.93 ± .03`; one seed has no deviation."""
+    if not values:
+        return console.NONE
+    mean = f"{statistics.fmean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+
+
+def table(found: Sequence[Arm], scores: Sequence[str], steps: Sequence[int]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows: the scores at each step, then the routing of the last log."""
+    columns = ["arm", "seeds", *(f"{score} @{step}" for score in scores for step in steps), *ROUTING]
+    rows = []
+    for arm in found:
+        cells = [cell(arm.values(step, score)) for score in scores for step in steps]
+        rows.append([arm.name, str(len(arm.runs)), *cells, *(cell(arm.routing(metric)) for metric in ROUTING)])
+    return columns, rows
+
+
+def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def write_csv(path: Path, found: Sequence[Arm]) -> None:
+    """One row a run, step and score: the raw numbers behind the table."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["arm", "seed", "step", "score", "value", "code", "commit", "data"])
+        for arm in found:
+            for run in arm.runs:
+                made = [run.summary["provenance"]["code"], run.summary["provenance"]["commit"], run.summary["data"]]
+                parent = {"stage 0": run.summary["anchors"]["stage 0"], **run.scores}
+                for step, scores in parent.items():
+                    for score, value in scores.items():
+                        writer.writerow([arm.name, run.config["seed"], step, score, f"{value:.6g}", *made])
+                for metric, value in run.summary["routing"].items():
+                    writer.writerow([arm.name, run.config["seed"], "last log", metric, f"{value:.6g}", *made])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m symbiotic.studies.compare", description=__doc__)
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", default=[300, 450])
+    parser.add_argument("--csv", type=Path)
+    chosen = parser.parse_args(arguments)
+    try:
+        found = arms(read_runs(chosen.runs))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for scores in (["knowledge_unreplayed", "knowledge_replayed", "reading"], ["embedded_acc", "flow_error"]):
+        print(markdown(*table(found, scores, chosen.steps)), end="\n\n")
+    anchors = {run.config["seed"]: run.summary["anchors"]["stage 0"] for arm in found for run in arm.runs}
+    print("stage 0:", {seed: {k: round(v, 3) for k, v in scores.items()} for seed, scores in sorted(anchors.items())})
+    if chosen.csv:
+        write_csv(chosen.csv, found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
