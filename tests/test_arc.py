@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from factory import SYSTEMS
 
+from factory import SYSTEMS
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.config import compose
@@ -106,9 +106,7 @@ def test_arms_share_the_parent_and_dense_has_its_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "stage0").iterdir())) == 2
 
 
-def test_a_finished_run_is_not_run_again(
-    shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_is_not_run_again(shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run(shared_tmp, tmp_path)
     first = (Path(config.run_dir) / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
@@ -123,9 +121,10 @@ def test_a_parent_from_a_checkpoint_gives_the_same_run(shared_tmp: Path, tmp_pat
     key = read_json(Path(one.run_dir) / "summary.json")["parent"].split()[-1]
     parent = shared_tmp / "cache" / "stage0" / key / "parent.safetensors"
     two = run(shared_tmp, tmp_path / "two", "init=checkpoint", f"init.checkpoint={parent}", "init.assignment=profiled")
-    assert load_state(Path(one.run_dir) / "init.safetensors").keys() == load_state(
-        Path(two.run_dir) / "init.safetensors"
-    ).keys()
+    assert (
+        load_state(Path(one.run_dir) / "init.safetensors").keys()
+        == load_state(Path(two.run_dir) / "init.safetensors").keys()
+    )
     assert torch.equal(
         load_state(Path(one.run_dir) / "init.safetensors")["text_head.weight"],
         load_state(Path(two.run_dir) / "init.safetensors")["text_head.weight"],

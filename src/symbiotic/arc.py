@@ -256,7 +256,7 @@ def stage0_config(config: Config) -> Config:
         rates=rates,
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
         mix=stage0.mix,
-        data=dataclasses.replace(config.data, samples=stage0.samples),
+        data=dataclasses.replace(config.data, samples=stage0.samples, repeat_steps=0),
         objective=dataclasses.replace(config.objective, flow_weight=0.0, balance_weight=stage0.balance_weight),
     )
 

@@ -19,9 +19,7 @@ from symbiotic.module import SymbioticModule
 from symbiotic.schema import Config, RunError
 
 
-def make_loader(
-    config: Config, dataset: MicroBatches, rank: int, world: int, start_step: int
-) -> DataLoader:
+def make_loader(config: Config, dataset: MicroBatches, rank: int, world: int, start_step: int) -> DataLoader:
     data = config.data
     return train_loader(
         dataset, config.phases.steps, start_step, data.micro_batches, data.num_workers, rank=rank, world=world
@@ -48,9 +46,12 @@ NOISE = {
 """Warnings of Lightning that say nothing about a run of ours, and why."""
 
 
-def quieten() -> None:
-    """Leave Lightning's advice on hardware, cloud logging and epochs away; its other warnings stay."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+def quieten(tables: bool) -> None:
+    """Leave Lightning's advice on hardware, cloud logging and epochs away; its other warnings stay.
+
+    tables: keep what it logs, for the table of a profiler is among it.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.INFO if tables else logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
 
@@ -59,7 +60,7 @@ def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: li
     """A Lightning Trainer by steps: `config.trainer` says where it runs, the rest follows from the config."""
     import lightning
 
-    quieten()
+    quieten(tables=bool(config.trainer.get("profiler")))
     devices = config.trainer.get("devices", 1)
     ranks = (devices if isinstance(devices, int) else 1) * config.trainer.get("num_nodes", 1)
     checkpoints = StepCheckpoint(str(folder / "checkpoints"), config.save_every)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             return {name.removeprefix("model."): value for name, value in state.items()}
         return load_file(path)
-    except (SafetensorError, OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
+    except (SafetensorError, UnpicklingError, OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
         raise RunError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
 
 
@@ -112,7 +113,7 @@ class Journal:
     def step(self, name: str, key: str, what: str, where: Path) -> Iterator[None]:
         """key: what the time depends on (the times of other keys say nothing about this step)."""
         known = (read_json(self.path) or {}).get(f"{name}/{key}")
-        expect = f"about {known:.0f} s" if known else "first time with these settings: no estimate yet"
+        expect = f"about {known:.0f} s" if known is not None else "first time with these settings: no estimate yet"
         print(f"\n== {name}: {what} ({expect})\n   {where}", flush=True)
         start = time.perf_counter()
         yield

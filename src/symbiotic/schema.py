@@ -252,6 +252,7 @@ class Data:
     row_tokens: int
     micro_batches: int = 1
     num_workers: int = 0
+    repeat_steps: int = 0  # train on the first n steps' micro-batches over and over, to see a loss go to 0 (0: never)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,9 @@ class EmbeddedData:
         folder: parent of the corpus folder.
         seed: draws facts, renderings, splits and held-out combinations.
         lm, lm_unreplayed, mmu, t2i, t2i_long: training samples of each set.
-        statements: share of plain sentences in the two sets of facts; the rest are four-choice questions.
+        statements: share of plain sentences in the two sets of facts.
+        lookups: share of questions in them that name a choice and ask for its letter, which teaches the format without
+            any fact; the rest are four-choice questions on facts.
         questions: benchmark questions on each of the 192 facts.
         readings, captions: sizes of the other two benchmarks.
         shard_size: samples in a shard.
@@ -96,7 +98,8 @@ class EmbeddedData:
         mmu: int = 12000,
         t2i: int = 3000,
         t2i_long: int = 3000,
-        statements: float = 0.25,
+        statements: float = 0.1,
+        lookups: float = 0.25,
         questions: int = 2,
         readings: int = 400,
         captions: int = 192,
@@ -107,11 +110,13 @@ class EmbeddedData:
         for name, value in {**self.sizes, **others}.items():
             if value < 1:
                 raise ConfigError(f"data.source.{name}={value}: must be at least 1")
-        if not 0 <= statements <= 1:
-            raise ConfigError(f"data.source.statements={statements}: must be a share between 0 and 1")
+        for name, share in (("statements", statements), ("lookups", lookups)):
+            if not 0 <= share <= 1 or statements + lookups > 1:
+                raise ConfigError(f"data.source.{name}={share}: both shares must be at least 0 and add up to at most 1")
         self.folder = Path(folder)
         self.seed = seed
         self.recipe = {"version": RECIPE_VERSION, "seed": seed, **self.sizes, "statements": float(statements), **others}
+        self.recipe["lookups"] = float(lookups)
         text = json.dumps(self.recipe, sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:12]
         self.path = self.folder / self.fingerprint
@@ -140,9 +145,9 @@ class EmbeddedData:
             DataError: not enough space (before anything is written), a disk that fills up meanwhile, a missing
                 permission; nothing is left behind.
         """
-        if self.is_ready():
-            return self.path
         with readable_errors("write data", self.folder):
+            if self.is_ready():
+                return self.path
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(self.folder / f".{self.fingerprint}.lock"):
                 if not self.is_ready():
@@ -154,7 +159,8 @@ class EmbeddedData:
         need = self.needed_bytes()
         if have < need:
             raise DataError(
-                f"not enough disk space for the data in {self.folder}: need {need / 1e6:.0f} MB, have {have / 1e6:.0f} MB"
+                f"not enough disk space for the data in {self.folder}: "
+                f"need {need / 1e6:.0f} MB, have {have / 1e6:.0f} MB"
             )
 
     def _write_and_rename(self) -> None:
@@ -209,10 +215,11 @@ class _Writer:
 
     def _write_set(self, name: str) -> list[Path]:
         count = self.data.sizes[name]
-        size, statements = int(self.data.recipe["shard_size"]), float(self.data.recipe["statements"])
+        size = int(self.data.recipe["shard_size"])
+        statements, lookups = float(self.data.recipe["statements"]), float(self.data.recipe["lookups"])
         records: Iterator[Record]
         if name in ("lm", "lm_unreplayed"):
-            facts = self.world.records(name == "lm", count, statements)
+            facts = self.world.records(name == "lm", count, statements, lookups)
             records = ((record, None) for record in facts)
         elif name == "mmu":
             rng = np.random.default_rng([self.seed, 5])

@@ -84,7 +84,7 @@ def record_parts(record: Mapping[str, Any], pixels: Array | None, tokenizer: Tok
         pixels: uint8 [H, W, 3] of the member's image, None for text records.
 
     Raises:
-        DataError: unknown task, a key that is missing, or an image that is missing.
+        DataError: unknown task, a key that is missing or is no text, or an image that is missing.
     """
     task = record.get("task")
     try:
@@ -101,17 +101,20 @@ def record_parts(record: Mapping[str, Any], pixels: Array | None, tokenizer: Tok
         return generation_parts(pixels, record["caption"], tokenizer)
     except KeyError as error:
         raise DataError(f"a record of task {task} needs the key {error}") from error
+    except TypeError as error:
+        raise DataError(f"a record of task {task} has a value that is no text") from error
 
 
 def record_sample(key: str, record: Mapping[str, Any], pixels: Array | None, tokenizer: Tokenizer) -> Sample:
     """A shard's record as a `Sample`, caption kept. Raises `DataError` as `record_parts` does."""
-    return build_sample(key, record["task"], record_parts(record, pixels, tokenizer))
+    parts = record_parts(record, pixels, tokenizer)
+    return build_sample(key, record["task"], parts)
 
 
 def measure(record: Mapping[str, Any], tokenizer: Tokenizer, patch: int = 4) -> Counts:
     """Counts of a record, from its words and its `height` and `width`, without reading the image."""
-    size = (int(record.get("height", 0)), int(record.get("width", 0)), 3)
-    shape_only = np.broadcast_to(np.uint8(0), size) if "height" in record else None
+    size = (*image_size(record), 3)
+    shape_only = np.broadcast_to(np.uint8(0), size) if any(size[:2]) else None
     tokens = ce = latents = 0
     for part in record_parts(record, shape_only, tokenizer):
         if isinstance(part, Text):
@@ -124,6 +127,20 @@ def measure(record: Mapping[str, Any], tokenizer: Tokenizer, patch: int = 4) -> 
     if record["task"] in GENERATION_TASKS:
         return Counts(tokens, ce, latents, 3 + latents, 0)
     return Counts(tokens, ce, latents, tokens, ce)
+
+
+def image_size(record: Mapping[str, Any]) -> tuple[int, int]:
+    """(height, width) in pixels that a record announces; (0, 0) where it announces none.
+
+    Raises:
+        DataError: one of the two is missing or is no positive whole number.
+    """
+    if "height" not in record and "width" not in record:
+        return 0, 0
+    height, width = record.get("height"), record.get("width")
+    if not (isinstance(height, int) and isinstance(width, int) and height > 0 and width > 0):
+        raise DataError(f"height {height!r} and width {width!r} must both be positive whole numbers")
+    return height, width
 
 
 def drop_caption(sample: Sample) -> Sample:

@@ -20,9 +20,10 @@ from symbiotic.data.tokenizer import LETTERS
 RELATIONS = ("capital", "metal", "river", "anthem")
 NUM_ENTITIES, NUM_VALUES = 48, 16
 QUESTION = "what is the {relation} of {entity} ?"
+LOOKUP = "which letter has {value} ?"
 STATEMENTS = ("the {relation} of {entity} is {value} .", "{entity} has the {relation} {value} .")
 SPLITS = {"replayed": True, "unreplayed": False}
-_SYLLABLES = "bo da fe gi ku lo ma ne pi ra su ti vo wa xe zu".split()
+_SYLLABLES = ["bo", "da", "fe", "gi", "ku", "lo", "ma", "ne", "pi", "ra", "su", "ti", "vo", "wa", "xe", "zu"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class World:
 
     def words(self) -> set[str]:
         """Every word of every statement and question."""
-        text = " ".join([QUESTION, *STATEMENTS]).replace("{", " ").replace("}", " ")
+        text = " ".join([QUESTION, LOOKUP, *STATEMENTS]).replace("{", " ").replace("}", " ")
         words = {*text.split(), "answer"} - {"relation", "entity", "value"}
         return words.union(RELATIONS, self.entities, *self.values.values())
 
@@ -95,25 +96,27 @@ class World:
             if (fact.number, frozenset(wrong)) not in self.reserved:
                 return Question(fact, (*wrong[:position], fact.value, *wrong[position:]))
 
-    def records(self, replayed: bool, count: int, statements: float) -> Iterator[dict[str, Any]]:
+    def records(self, replayed: bool, count: int, statements: float, lookups: float) -> Iterator[dict[str, Any]]:
         """Training records, round after round over the facts; a share `statements` of them plain sentences."""
         rng = np.random.default_rng([self.seed, 2, int(replayed)])
         facts, drawn = self.select(replayed), 0
         while drawn < count:
             for i in rng.permutation(len(facts))[: count - drawn]:
-                yield self._record(facts[int(i)], statements, rng)
+                yield self._record(facts[int(i)], statements, lookups, rng)
                 drawn += 1
 
-    def _record(self, fact: Fact, statements: float, rng: np.random.Generator) -> dict[str, Any]:
+    def _record(self, fact: Fact, statements: float, lookups: float, rng: np.random.Generator) -> dict[str, Any]:
         """Loss on what the fact decides: the value in a statement; the letter, then its value, in a question (with the
         letter alone the format takes twice as long to learn). Which entity is asked about is noise to a model."""
-        if rng.random() < statements:
+        kind = rng.random()
+        if kind < statements:
             template = STATEMENTS[int(rng.integers(len(STATEMENTS)))]
             text = template.format(relation=fact.relation, entity=fact.entity, value=fact.value)
             known, value, end = text.partition(fact.value)
             return {"task": "lm", "prompt": known.strip(), "answer": f"{value}{end}", "fact": fact.number}
+        asks = LOOKUP.format(value=fact.value) if kind < statements + lookups else fact.question
         question = self.draw(fact, int(rng.integers(4)), rng)
-        prompt = render_knowledge_prompt(fact.question, question.choices)
+        prompt = render_knowledge_prompt(asks, question.choices)
         return {"task": "lm", "prompt": prompt, "answer": f"{question.letter} {fact.value}", "fact": fact.number}
 
     def _benchmark(self, rounds: int, rng: np.random.Generator) -> list[Question]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from symbiotic.data.formats import drop_caption, record_sample
 from symbiotic.data.errors import DataError
+from symbiotic.data.formats import drop_caption, record_sample
 from symbiotic.data.packing import Sample, collate
 from symbiotic.data.plan import DataPlan
 from symbiotic.data.shards import ShardReader
@@ -39,7 +41,8 @@ class MicroBatches(Dataset[Batch]):
         plan = self.plan.micro_batch(step, micro)
         samples = [self.sample(int(number)) for number in plan.samples]
         samples = [drop_caption(s) if drop else s for s, drop in zip(samples, plan.dropped, strict=True)]
-        noises = [self.plan.noise(plan, i, s.latents.shape) if len(s.latents) else s.latents for i, s in enumerate(samples)]
+        shapes = enumerate(s.latents.shape for s in samples)
+        noises = [self.plan.noise(plan, i, shape) if shape[0] else np.zeros(shape, np.float32) for i, shape in shapes]
         ce_norm, flow_norm = self.plan.norms(step)
         return collate(
             samples,
@@ -66,7 +69,8 @@ class MicroBatches(Dataset[Batch]):
         except DataError as error:
             raise DataError(f"{index.name(number)}: {error}") from error
         if len(sample) != index.num_tokens[number]:
-            raise DataError(f"{index.name(number)}: {len(sample)} tokens where the index says {index.num_tokens[number]}")
+            expected = index.num_tokens[number]
+            raise DataError(f"{index.name(number)}: {len(sample)} tokens where the index says {expected}")
         if self._room >= sample.nbytes:
             self._room -= sample.nbytes
             self._cache[number] = sample
@@ -126,5 +130,5 @@ def train_loader(
     )
 
 
-def _unchanged(batch: Batch) -> Batch:
+def _unchanged(batch: Any) -> Any:
     return batch

@@ -59,7 +59,7 @@ class DataPlan:
         objective: distribution of the flow times and caption dropout; None (stage 0): time 0, none dropped.
 
     Raises:
-        ConfigError: an unknown or empty set, weights that sum to nothing, samples longer than a row, or so few
+        ConfigError: an unknown or an empty set, weights that sum to nothing, samples longer than a row, or so few
             samples that a micro-batch is empty.
     """
 
@@ -67,6 +67,7 @@ class DataPlan:
         _check(index, mix, data, seed)
         self.index, self.seed, self.objective = index, seed, objective
         self.samples, self.micro_batches, self.row_tokens = data.samples, data.micro_batches, data.row_tokens
+        self.repeat_steps = data.repeat_steps
         self.sets = [name for name, weight in mix.weights.items() if weight > 0]
         self.kept = np.array([name not in mix.drop for name in self.sets])
         self._members = [index.members_of(name) for name in self.sets]
@@ -81,6 +82,7 @@ class DataPlan:
         """The content of micro-batch `micro` of optimiser step `step`, both from 0."""
         if step < 0 or not 0 <= micro < self.micro_batches:
             raise DataError(f"no micro-batch {micro} in step {step}: a step has {self.micro_batches}, from 0")
+        step = step % self.repeat_steps if self.repeat_steps else step
         key = (step, micro)
         if key not in self._drawn:
             self._drawn[key] = self._draw(step, micro)
@@ -201,6 +203,8 @@ def _check(index: ShardIndex, mix: Mix, data: Data, seed: int) -> None:
 
 def _check_rows(plan: DataPlan, data: Data) -> None:
     for name, members, kept in zip(plan.sets, plan._members, plan.kept, strict=True):
+        if not len(members):
+            raise ConfigError(f"mix.weights.{name}: the data set has no samples")
         longest = int(plan.index.num_tokens[members].max())
         if kept and longest > data.row_tokens:
             raise ConfigError(

@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from symbiotic.data.errors import DataError, readable_errors
-from symbiotic.data.formats import measure
+from symbiotic.data.formats import image_size, measure
 from symbiotic.data.packing import Array
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.schema import TASKS
@@ -100,7 +100,7 @@ class ShardIndex:
 
     def members_of(self, name: str) -> Array:
         """Sample numbers of a data set; empty where there is no such set."""
-        return np.flatnonzero(self.set == np.flatnonzero(self.sets == name)[0]) if name in self.sets else np.array([])
+        return np.flatnonzero(self.set == list(self.sets).index(name)) if name in self.sets else np.arange(0)
 
     @classmethod
     def build(cls, paths: Sequence[Path], tokenizer: Tokenizer) -> ShardIndex:
@@ -228,7 +228,11 @@ class ShardReader:
         record = _parse(self._member(sample, "json"), self.index.name(sample))
         if not self.index.png[sample, 1]:
             return record, None
-        return record, self._pixels(sample, (int(record["width"]), int(record["height"])))
+        try:
+            height, width = image_size(record)
+        except DataError as error:
+            raise DataError(f"{self._where(sample)}: {error}") from error
+        return record, self._pixels(sample, (width, height))
 
     def _pixels(self, sample: int, size: tuple[int, int]) -> Array:
         body = self._member(sample, "png")

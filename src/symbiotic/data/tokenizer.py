@@ -12,7 +12,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
-from symbiotic.data.errors import DataError
+from symbiotic.data.errors import DataError, readable_errors
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<gen>", "<null>", "<unk>")
 PAD, BOS, EOS, IMAGE, IMAGE_END, GEN, NULL, UNK = range(len(SPECIALS))
@@ -47,10 +47,10 @@ class Tokenizer:
         Raises:
             DataError: missing or unreadable file, or the specials are not ids 0 to 7.
         """
-        if not Path(path).is_file():
-            raise DataError(f"{path}: no such tokenizer file")
+        with readable_errors("read the tokenizer", Path(path)):
+            text = Path(path).read_text(errors="replace")
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
+            inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]})") from error
         if tuple(inner.id_to_token(i) for i in range(len(SPECIALS))) != SPECIALS:

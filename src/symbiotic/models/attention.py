@@ -83,8 +83,8 @@ class Attention(nn.ModuleDict):
     def forward(self, x_ND: Tensor, places: Places, angles: tuple[Tensor, Tensor]) -> Tensor:
         cfg = self.cfg
         qkv = by_stream({s: p.qkv for s, p in self.items()}, self.system, x_ND, places)  # type: ignore[misc]
-        q, k, v = qkv.unflatten(-1, (-1, cfg.head_dim)).split([cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads], 1)
-        q, k = rotate(q, angles), rotate(k, angles)
+        qk, v = qkv.unflatten(-1, (-1, cfg.head_dim)).split([cfg.num_heads + cfg.num_kv_heads, cfg.num_kv_heads], 1)
+        q, k = rotate(qk, angles).split([cfg.num_heads, cfg.num_kv_heads], 1)
         y_NF = self.attend(q, k, v, places).flatten(1)
         return by_stream({s: p.o for s, p in self.items()}, self.system, y_NF, places)  # type: ignore[misc]
 

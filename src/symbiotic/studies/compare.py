@@ -23,7 +23,7 @@ from symbiotic.runs import read_json
 from symbiotic.schema import RunError
 from symbiotic.studies import console
 
-IGNORED = ("seed", "run_dir", "name", "paths", "threads", "log_every", "save_every", "ablation", "metric")
+IGNORED = ("seed", "run_dir", "name", "paths", "threads", "log_every", "save_every", "ablation", "metric", "logger")
 NAMES = {"system.name": "", "rates.lr": "lr ", "rates.by_role": "", "mix.drop": "without "}
 """Keys that name an arm, and what stands before their value."""
 
@@ -137,12 +137,11 @@ def write_csv(path: Path, found: Sequence[Arm]) -> None:
         for arm in found:
             for run in arm.runs:
                 made = [run.summary["provenance"]["code"], run.summary["provenance"]["commit"], run.summary["data"]]
-                parent = {"stage 0": run.summary["anchors"]["stage 0"], **run.scores}
-                for step, scores in parent.items():
+                listed = [("stage 0", run.summary["anchors"]["stage 0"]), *((str(s), v) for s, v in run.scores.items())]
+                for step, scores in [*listed, ("last log", run.summary["routing"])]:
                     for score, value in scores.items():
-                        writer.writerow([arm.name, run.config["seed"], step, score, f"{value:.6g}", *made])
-                for metric, value in run.summary["routing"].items():
-                    writer.writerow([arm.name, run.config["seed"], "last log", metric, f"{value:.6g}", *made])
+                        number = "" if value is None else f"{value:.6g}"
+                        writer.writerow([arm.name, run.config["seed"], step, score, number, *made])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

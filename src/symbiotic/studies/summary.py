@@ -29,7 +29,8 @@ REPORTED = ("und", "text", "vit", "vae")
 def show_plan(config: Config, model: UnifiedModel, roles: set[str]) -> None:
     """The phase table and the parameter table, before anything is trained."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    parameters = console.parameter_table(inventory(shapes, config.model, config.system), f"Parameters: {config.system.name}")
+    components = inventory(shapes, config.model, config.system)
+    parameters = console.parameter_table(components, f"Parameters: {config.system.name}")
     console.show(console.phase_table(config, [r for r in config.rates.roles if r in roles]), parameters)
 
 
@@ -53,7 +54,8 @@ def metric_of(scores: Mapping[str, float], config: Config) -> float:
 
 def routing_table(logged: Mapping[str, float]) -> Any:
     """Routing of the last log by kinds of tokens, mean over layers; None for a model without routed experts."""
-    columns = {"capacity at 1": "capacity@1", "at 1.25": "capacity@1.25", "utilisation": "utilisation", "MaxVio": "maxvio"}
+    columns = {"capacity at 1": "capacity@1", "at 1.25": "capacity@1.25"}
+    columns |= {"utilisation": "utilisation", "MaxVio": "maxvio"}
     rows = []
     for group in REPORTED:
         values = {title: logged.get(f"routing/{metric}/{group}") for title, metric in columns.items()}
