@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError
 from symbiotic.runs import Journal, digest, load_state, read_json, replace_with, save_state, source_hash, write_json
 from symbiotic.schema import RunError
 
@@ -49,3 +52,23 @@ def test_the_journal_knows_the_time_of_last_time(tmp_path: Path, capsys: pytest.
     first, second = capsys.readouterr().out.split("== work")[1:]
     assert "no estimate yet" in first
     assert "about 0 s" in second
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 300 kB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(small_disk: Path) -> None:
+    with pytest.raises(RunError, match=r"x\.safetensors: not written: .*No space left"):
+        save_state(small_disk / "x.safetensors", {"a": torch.zeros(200_000)})
+    with pytest.raises(CheckpointError, match=r"step=000001\.ckpt: checkpoint not written: need 1 MB, have 0 MB"):
+        AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(200_000)}, small_disk / "step=000001.ckpt")
+    assert list(small_disk.iterdir()) == []

@@ -51,7 +51,8 @@ def quieten(tables: bool) -> None:
 
     tables: keep what it logs, for the table of a profiler is among it.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.INFO if tables else logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.INFO if tables else logging.WARNING)
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
 

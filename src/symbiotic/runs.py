@@ -65,9 +65,16 @@ def read_json(path: Path) -> Any:
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], **metadata: str) -> Path:
-    """Parameters as safetensors."""
+    """Parameters as safetensors.
+
+    Raises:
+        RunError: the file could not be written, for one because the disk is full.
+    """
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    return replace_with(path, lambda p: save_file(plain, p, metadata=metadata))
+    try:
+        return replace_with(path, lambda p: save_file(plain, p, metadata=metadata))
+    except SafetensorError as error:
+        raise RunError(f"{path}: not written: {str(error).splitlines()[0]}") from error
 
 
 def load_state(path: Path) -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
-import multiprocessing
 import os
 import re
 import resource
 import shutil
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from symbiotic.data.embedded import EmbeddedData, render_generation
+from symbiotic.data.embedded import RECIPE_VERSION, EmbeddedData, render_generation
 from symbiotic.data.errors import DataError
 from symbiotic.data.glyphs import Attributes, all_attributes, glyph, held_out_attributes, scans, split_scans
 from symbiotic.data.knowledge import QUESTION, RELATIONS, World
@@ -46,7 +47,7 @@ def records(corpus: Path, index: ShardIndex, name: str) -> Iterator[tuple[dict[s
 def rows(corpus: Path, pattern: str) -> list[list[str]]:
     files = sorted((corpus / "benchmarks" / "knowledge").glob(pattern))
     assert files
-    return [row for file in files for row in csv.reader(file.open(newline=""))]
+    return [row for file in files for row in csv.reader(file.read_text().splitlines())]
 
 
 def captions(corpus: Path) -> list[dict[str, Any]]:
@@ -70,6 +71,22 @@ def test_the_same_recipe_gives_the_same_bytes_and_another_seed_another_corpus(tm
     assert changed["shards/mmu-00000.tar"] != files(one)["shards/mmu-00000.tar"]
 
 
+def test_another_content_has_another_recipe_version(corpus: Path, index: ShardIndex) -> None:
+    """A corpus is found again by its recipe, so code that writes other samples must raise RECIPE_VERSION."""
+    digest = hashlib.sha256()
+    reader = ShardReader(corpus / "shards", index)
+    for number in range(len(index)):
+        record, pixels = reader.read(number)
+        digest.update(json.dumps(record, sort_keys=True).encode() + (b"" if pixels is None else pixels.tobytes()))
+    for name in ("knowledge/*.csv", "reading/reading.json", "generation/captions.jsonl"):
+        for file in sorted((corpus / "benchmarks").glob(name)):
+            digest.update(file.read_bytes())
+    known = json.loads((Path(__file__).parent / "corpus_digests.json").read_text())
+    found = {str(RECIPE_VERSION): digest.hexdigest()[:16]}
+    right = "raise RECIPE_VERSION in data/embedded.py and add its digest to tests/data/corpus_digests.json"
+    assert found.items() <= known.items(), right
+
+
 def test_a_corpus_is_written_once(tmp_path: Path) -> None:
     source = EmbeddedData(str(tmp_path), **TINY)
     first = (source.prepare() / "index.npz").stat()
@@ -77,13 +94,15 @@ def test_a_corpus_is_written_once(tmp_path: Path) -> None:
     assert (EmbeddedData(str(tmp_path), **TINY).prepare() / "index.npz").stat() == first
 
 
-def _prepare(folder: str) -> str:
-    return str(EmbeddedData(folder, **TINY).prepare())
-
-
-def test_processes_that_start_together_find_one_whole_corpus(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(3) as pool:
-        found = pool.map(_prepare, [str(tmp_path)] * 3)
+def test_processes_that_start_together_find_one_whole_corpus(tmp_path: Path, project_root: Path) -> None:
+    script = f"""
+from symbiotic.data.embedded import EmbeddedData
+print(EmbeddedData({str(tmp_path)!r}, **{TINY}).prepare())
+"""
+    environment = {**os.environ, "PYTHONPATH": str(project_root / "src")}
+    command = [sys.executable, "-c", script]
+    starts = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(3)]
+    found = [start.communicate(timeout=120)[0].strip() for start in starts]
     assert len(set(found)) == 1
     visible = [path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
     assert visible == [Path(found[0]).name]
@@ -294,7 +313,7 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_and_half_a_corpus_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="cannot write data: .*file"):
+    with pytest.raises(DataError, match=r"cannot write data: .*file"):
         EmbeddedData(str(tmp_path / "file"), **TINY).prepare()
     source = EmbeddedData(str(tmp_path), **TINY)
     source.path.mkdir()

@@ -60,7 +60,7 @@ READING_QUESTIONS = {
     "background": "what color is the background ?",
 }
 _READING_CYCLE = ("number", "foreground", "number", "background")
-_BYTES = {"lm": 1024, "lm_unreplayed": 1024, "mmu": 2080, "t2i": 2048, "t2i_long": 2048}  # in the tar, per sample
+_BYTES = {"lm": 1024, "lm_unreplayed": 1024, "mmu": 2304, "t2i": 2048, "t2i_long": 2048}  # in the tar, per sample
 _FILE_BYTES = 4096  # a small file takes a block of the file system
 
 Record = tuple[dict[str, Any], Array | None]

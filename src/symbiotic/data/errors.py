@@ -9,7 +9,15 @@ from pathlib import Path
 
 
 class DataError(ValueError):
-    """Data that cannot be written or read. The message is one line: which file or sample, what is wrong, what helps."""
+    """Data that cannot be written or read. The message is one line: which file or sample, what is wrong, what helps.
+
+    A loader's worker process hands an error over as its whole traceback; here it is the one line again.
+    """
+
+    def __init__(self, message: str) -> None:
+        if message.startswith("Caught DataError in DataLoader worker"):
+            message = message.rstrip().splitlines()[-1].partition("DataError: ")[2]
+        super().__init__(message)
 
 
 @contextmanager

@@ -147,7 +147,8 @@ class ShardIndex:
             DataError: missing, damaged, or not an index.
         """
         try:
-            with readable_errors("read the index", Path(path)), np.load(path, allow_pickle=False) as stored:
+            with readable_errors("read the index", Path(path)), Path(path).open("rb") as stream:
+                stored = np.load(stream, allow_pickle=False)
                 return cls(**{field.name: stored[field.name] for field in fields(cls)})
         except (ValueError, KeyError, EOFError, zipfile.BadZipFile, AttributeError) as error:
             if isinstance(error, DataError):

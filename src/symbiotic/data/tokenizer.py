@@ -17,6 +17,7 @@ from symbiotic.data.errors import DataError, readable_errors
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<gen>", "<null>", "<unk>")
 PAD, BOS, EOS, IMAGE, IMAGE_END, GEN, NULL, UNK = range(len(SPECIALS))
 LETTERS = ("A", "B", "C", "D")
+_REMEMBERED = 4096  # texts
 
 
 class Tokenizer:
@@ -25,6 +26,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
         self.vocab_size: int = inner.get_vocab_size()
+        self._known: dict[str, list[int]] = {}  # questions and answers recur
         self.letters: tuple[int, ...] = tuple(self.id(letter) for letter in LETTERS)
         """Ids of the four answer letters, in order."""
 
@@ -69,7 +71,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of the words of `text`; no special token is added, unknown words become `<unk>`."""
-        return list(self.inner.encode(text, add_special_tokens=False).ids)
+        if text not in self._known:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            self._known[text] = self.inner.encode(text, add_special_tokens=False).ids
+        return list(self._known[text])
 
     def decode(self, ids: Sequence[int]) -> str:
         """The words joined by spaces, special tokens left out."""

@@ -1,0 +1,148 @@
+"""What the documents say holds: commands compose, targets, files, symbols, keys and tests exist."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import itertools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from symbiotic import arc
+from symbiotic.config import CONF, compose
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+
+
+def section(title: str) -> str:
+    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def rows(text: str) -> list[list[str]]:
+    """Cells of the tables in a text, without their headings."""
+    table = [line.strip().strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    ruler = [i for i, cells in enumerate(table) if set(cells[0].strip()) <= set("-:")]
+    return [[cell.strip() for cell in cells] for i, cells in enumerate(table) if i not in ruler and i + 1 not in ruler]
+
+
+def code(cell: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", cell)
+
+
+COMMANDS = [
+    line.split(" #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", "\n".join(DOCUMENTS.values()), re.DOTALL)
+    for line in block.splitlines()
+]
+TRAIN = [command for command in COMMANDS if "src/train.py" in command]
+MAP = rows(section("Paper map"))
+
+
+@pytest.mark.parametrize("command", TRAIN)
+def test_commands_compose(command: str) -> None:
+    arguments = shlex.split(command.partition("src/train.py")[2])
+    overrides = [argument for argument in arguments if "=" in argument]
+    assert set(arguments) - set(overrides) <= {"-m", "--cfg", "job"}
+    choices = [[f"{key}={value}" for value in values.split(",")] for key, values in (o.split("=") for o in overrides)]
+    assert "-m" in arguments or all(len(choice) == 1 for choice in choices)
+    for member in itertools.product(*choices):
+        compose(member)
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_make_targets_and_links_exist(name: str) -> None:
+    text = DOCUMENTS[name]
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    written = [*code(text), *COMMANDS]
+    named = {match for command in written for match in re.findall(r"^make ([a-z-]+)", command)}
+    assert named <= targets
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_the_axes_are_those_of_conf() -> None:
+    for cells in rows(section("The axes")):
+        if (CONF / cells[0].strip("`")).is_dir():
+            folder = CONF / cells[0].strip("`")
+            shown = {path.stem for path in folder.glob("*.yaml")} - {"none", "roles"}
+            assert set(code(cells[1])) - {"none"} == shown, cells[0]
+            continue
+        for group in code(cells[0]):
+            known = {path.stem for path in (CONF / group).glob("*.yaml")} if (CONF / group).is_dir() else set()
+            assert known <= set(code(cells[1])) or (CONF / "system" / f"{group}.yaml").exists(), group
+
+
+def test_every_system_has_its_row() -> None:
+    shown = {code(cells[0])[0] for cells in rows(section("The axes")) if len(cells) == 5}
+    assert shown == {path.stem for path in (CONF / "system").glob("*.yaml")}
+
+
+def test_the_run_folder_is_as_described(shared_tmp: Path, tmp_path: Path) -> None:
+    """Every file of a run is described, and every described one is there."""
+    paths = [f"paths.runs={tmp_path}", f"paths.data={shared_tmp / 'data'}", f"paths.cache={shared_tmp / 'cache'}"]
+    config = compose(["experiment=smoke", *paths])
+    arc.run(config)
+    folder = Path(config.run_dir)
+    assert re.fullmatch(r"symbiotic-[0-9a-f]{8}-seed0", folder.name)
+    described = [pattern for cells in rows(section("The run folder")) for pattern in code(cells[0])]
+    found = {p: {f for g in folder.glob(p) for f in (g.rglob("*") if g.is_dir() else [g])} for p in described}
+    assert [pattern for pattern, files in found.items() if not files] == []
+    everything = {path for path in folder.rglob("*") if path.is_file()}
+    assert everything - set().union(*found.values()) == set()
+
+
+# --------------------------------------------------------------------------- the paper map
+
+
+@functools.cache
+def default_config() -> dict[str, Any]:
+    return dataclasses.asdict(compose())
+
+
+def lookup(key: str) -> Any:
+    node: Any = default_config()
+    for part in key.split("."):
+        node = node[part]
+    return node
+
+
+@functools.cache
+def defined_in(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("row", MAP, ids=lambda row: row[0].replace(" ", "_"))
+def test_paper_map(row: list[str]) -> None:
+    mechanism, source, symbols, keys, tests, whose = row
+    assert mechanism
+    assert source
+    assert "theirs" in whose or "ours" in whose
+    assert code(symbols)
+    for symbol in code(symbols):
+        path, _, name = symbol.partition(":")
+        module = importlib.import_module("symbiotic." + path.removesuffix(".py").replace("/", "."))
+        functools.reduce(getattr, name.split("."), module)
+    for key in code(keys):
+        lookup(key)
+    assert code(keys) or keys == "–"
+    assert code(tests)
+    for test in code(tests):
+        path, _, name = test.partition("::")
+        assert name in defined_in(ROOT / "tests" / path), test
+
+
+def test_a_wrong_row_is_seen() -> None:
+    with pytest.raises(KeyError):
+        lookup("objective.no_such_key")
+    good = next(row for row in MAP if code(row[3]))
+    with pytest.raises(AttributeError):
+        test_paper_map([*good[:2], "`models/moe.py:NoSuchClass`", *good[3:]])
