@@ -63,7 +63,8 @@ def test_every_system_trains_and_keeps_its_golden_losses(
     path = GOLDEN / f"torch-{TORCH}.json"
     if "SYMBIOTIC_WRITE_GOLDEN" in os.environ:
         known = json.loads(path.read_text()) if path.exists() else {}
-        path.write_text(json.dumps(dict(sorted((known | {system: losses}).items())), indent=1) + "\n")
+        lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known := known | {system: losses})]
+        path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     if not path.exists():
         pytest.skip(f"no golden losses for torch {TORCH}")
     assert losses == pytest.approx(json.loads(path.read_text())[system], rel=1e-4)

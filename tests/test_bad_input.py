@@ -60,7 +60,7 @@ WRONG = {  # the command line -> what the line says
     "system=tripartite model.gen_fraction=.3125": r"system\.pools: 11 of .* for text, vit: must be a positive multiple",
     "system.pools.und=0.25": r"system\.pools=0\.25 \+ 0\.5: the shares of the pools must add up to 1",
     "+system.pools.more=0.5": r"system\.pools: 0 of model\.num_experts=16 are left for und",
-    "model.attention.num_kv_heads=3": r"model\.attention\.num_kv_heads=3: must divide model\.attention\.num_heads=4",
+    "model.attention.num_kv_heads=3": r"model\.attention\.num_kv_heads=3: must divide model\.attention\.num_heads=8",
     "model.attention.head_dim=7": r"model\.attention\.head_dim=7: must be even",
     "model.dense_layers=[0]": r"model\.dense_hidden=0: must be positive, as model\.dense_layers=\[0\]",
     "model.dense_layers=[4] model.dense_hidden=8": r"model\.dense_layers=\[4\]: model\.num_layers=4 layers",
