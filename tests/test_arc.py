@@ -62,8 +62,8 @@ def test_every_system_trains_and_keeps_its_golden_losses(
     assert "iteration 0" in printed
     path = GOLDEN / f"torch-{TORCH}.json"
     if "SYMBIOTIC_WRITE_GOLDEN" in os.environ:
-        known = json.loads(path.read_text()) if path.exists() else {}
-        lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known := known | {system: losses})]
+        known = (json.loads(path.read_text()) if path.exists() else {}) | {system: losses}
+        lines = [f"{json.dumps(name)}: {json.dumps(known[name])}" for name in sorted(known)]
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     if not path.exists():
         pytest.skip(f"no golden losses for torch {TORCH}")
