@@ -38,12 +38,28 @@ from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
 from symbiotic.layout import parent_system
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.runs import Journal, digest, load_state, locked, read_json, save_state, source_hash, write_json
-from symbiotic.schema import Config, Phase, Phases, RunError
+from symbiotic.runs import (
+    Journal,
+    digest,
+    load_state,
+    locked,
+    read_json,
+    save_state,
+    source_hash,
+    state_hash,
+    write_json,
+)
+from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError
 from symbiotic.studies import console, summary
 from symbiotic.training.roles import assign_roles
 
 GENERATION_SETS = ("t2i", "t2i_long")
+
+PARENT_CODE = (
+    *("schema.py", "layout.py", "models", "objectives", "training", "data"),
+    *("module.py", "fit.py", "arc.py", "callbacks/lr_phases.py"),
+)
+"""Sources that decide what a parent becomes: a cached one of other code is not used."""
 
 
 def run(config: Config) -> float:
@@ -100,6 +116,7 @@ class Arc:
         with self.journal.step("data", self.fingerprint, "write the corpus, once, or find it", Path(source.folder)):
             self.data: Path = source.prepare()
             self.index = ShardIndex.load(self.data / "index.npz")
+        check_data(self.config, self.data, self.index)
         self.evaluation = EmbeddedEvaluation(
             self.data, self.config.evaluation, self.config.objective, self.config.evaluation.scorers
         )
@@ -116,9 +133,9 @@ class Arc:
         config = stage0_config(self.config)
         given = self.config.init.checkpoint
         if given is not None:
-            self.parent_name = given
             state = load_state(Path(given))
             check_parent(state, config, given)
+            self.parent_name = f"{given} {state_hash(state)}"
             with self.journal.step("anchor", digest(asdict(config.model)), "evaluate the parent", Path(given)):
                 self.stage0_scores = dict(self.evaluate(built(config, state, latents=False)))
             return state
@@ -143,7 +160,8 @@ class Arc:
 
     def anchor(self, config: Config, state: dict[str, Tensor], folder: Path) -> dict[str, float]:
         """Scores of the parent, kept beside it."""
-        path = folder / f"scores-{self.evaluation_key()}.json"
+        code = source_hash("models", "objectives", "generation", "evaluation")
+        path = folder / f"scores-{self.evaluation_key()}-{code}.json"
         known = read_json(path)
         if known is None:
             known = dict(self.evaluate(built(config, state, latents=False)))
@@ -157,6 +175,9 @@ class Arc:
         config, path = self.config, self.folder / "init.safetensors"
         found = read_json(self.folder / "receipt.json")
         if path.is_file() and found is not None and 0 in read_scores(self.folder / SCORES):
+            if found["parent"] != self.parent_name:
+                was = f"this run started from the parent {found['parent']!r}, which is now {self.parent_name!r}"
+                raise RunError(f"{self.folder}: {was}; remove the folder to run it anew")
             return load_state(path)
         what = f"profile the parent's experts and split them ({config.init.assignment})"
         with self.journal.step("split", self.evaluation_key(), what, self.folder / "receipt.json"):
@@ -233,6 +254,22 @@ class Arc:
         return scores
 
 
+def check_data(config: Config, folder: Path, index: ShardIndex) -> None:
+    """Raises ConfigError where the model cannot take what the corpus holds."""
+    words = Tokenizer.load(folder / "tokenizer.json").vocab_size
+    if words > config.model.vocab_size:
+        raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be at least {words}, the corpus's words")
+    batch = MicroBatches(folder, DataPlan(index, config.mix, config.data, config.seed, None))[0]
+    for patches, grid in ((batch.vit_patches, batch.vit_grid), (batch.latents, batch.latent_grid)):
+        if patches.shape[1] != config.model.patch_dim:
+            right = f"must be {patches.shape[1]}, the numbers in a patch of the corpus"
+            raise ConfigError(f"model.patch_dim={config.model.patch_dim}: {right}")
+        side = int(grid.max()) + 1 if len(grid) else 0
+        if side > config.model.max_grid:
+            right = f"must be at least {side}, the patches along an image of the corpus"
+            raise ConfigError(f"model.max_grid={config.model.max_grid}: {right}")
+
+
 def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedModel:
     model = UnifiedModel(config.model, config.system, latents)
     model.load_state_dict(state)
@@ -257,7 +294,12 @@ def stage0_config(config: Config) -> Config:
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
         mix=stage0.mix,
         data=dataclasses.replace(config.data, samples=stage0.samples, repeat_steps=0),
-        objective=dataclasses.replace(config.objective, flow_weight=0.0, balance_weight=stage0.balance_weight),
+        objective=Objective(
+            ce_weight=config.objective.ce_weight,
+            flow_weight=0.0,
+            balance_weight=stage0.balance_weight,
+            z_weight=config.objective.z_weight,
+        ),  # nothing of the flow, so that arms with another flow share the parent
     )
 
 
@@ -266,7 +308,7 @@ def stage0_key(config: Config, fingerprint: str) -> str:
     model = asdict(config.model) | {"gen_fraction": None}
     data = {name: value for name, value in asdict(config.data).items() if name not in ("source", "sets", "num_workers")}
     parts = [asdict(part) for part in (config.system, config.rates, config.phases, config.mix, config.objective)]
-    code = source_hash("models", "objectives", "data", "module.py", "training")
+    code = source_hash(*PARENT_CODE)
     precision = config.trainer.get("precision")
     return digest([model, data, parts, fingerprint, config.seed, precision, code])
 

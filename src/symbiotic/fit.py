@@ -41,6 +41,7 @@ def make_module(
 NOISE = {
     ".*treespec, LeafSpec.*": "inside Lightning, of torch's own pytree",
     ".*does not have many workers.*": "decoded samples are cached in memory",
+    ".*Cannot dispatch to fused implementation.*": "norms keep float32 weights under mixed precision",
     ".*ended before the epoch ended.*": "training is by steps, and the sampler starts at the step of the checkpoint",
 }
 """Warnings of Lightning that say nothing about a run of ours, and why."""
@@ -71,7 +72,6 @@ def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: li
         max_steps=config.phases.steps,
         max_epochs=-1,
         accumulate_grad_batches=max(1, config.data.micro_batches // max(1, ranks)),
-        gradient_clip_val=config.rates.clip or None,
         callbacks=[*callbacks, checkpoints],
         logger=loggers or False,
         plugins=[AtomicCheckpointIO()],

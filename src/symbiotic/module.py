@@ -96,6 +96,11 @@ class SymbioticModule(lightning.LightningModule):
             [{"params": groups[r], "role": r, "lr": role_lr(r, rates.lr, rates.by_role)} for r in ordered]
         )
 
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Clip the global norm here: Lightning's own clipping refuses fused optimisers under mixed precision."""
+        if self.config.rates.clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.rates.clip)
+
     def train_dataloader(self) -> DataLoader:
         """Starts at the step that training is at, so that a resumed run reads on where it stopped."""
         trainer = self.trainer

@@ -94,6 +94,14 @@ def load_state(path: Path) -> dict[str, Tensor]:
         raise RunError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
 
 
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """12 hexadecimal digits of the names and values of parameters."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        sha.update(name.encode() + state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()[:12]
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; a second one says that it waits. The lock of a dead process is free."""

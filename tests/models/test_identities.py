@@ -283,3 +283,60 @@ def test_gated_shared_expert() -> None:
     gate, up = (x @ expert.w_in).chunk(2, -1)
     want = ((F.silu(gate) * up) @ expert.w_out) * torch.sigmoid(x @ expert.gate)  # type: ignore[operator]
     torch.testing.assert_close(expert(x), want)
+
+
+# ------------------------------------------------------------------ partial levels, mixed precision
+
+
+def prompt_gradient(mode: str, value: float) -> torch.Tensor:
+    """Generation gradient of the prompt's experts in the first of two layers, which latents reach by attention only.
+
+    No component is a target, so that nothing but the strict attention scales anything.
+    """
+    model = tiny_model(num_layers=2)
+    system = dataclasses.replace(load_system("symbiotic", model), shield=Shield(mode, {}))  # type: ignore[arg-type]
+    net = UnifiedModel(model, system).initialise(0)
+    return generation_gradients(net, random_batch(6, ("t2i",)), value)["blocks.0.moe.pools.und.w_out"]
+
+
+def test_strict_scales_what_latents_read_from_the_prompt_by_the_level() -> None:
+    free = prompt_gradient("strict", 0.0)
+    assert float(free.norm()) > 0
+    torch.testing.assert_close(prompt_gradient("strict", 0.9), 0.1 * free, rtol=1e-3, atol=1e-8)
+    assert float(prompt_gradient("strict", 1.0).norm()) == 0.0
+    assert float(prompt_gradient("output", 1.0).norm()) > 0
+
+
+def test_weights_mode_scales_the_weights_by_the_level() -> None:
+    batch, model = random_batch(4, ("latents",)), tiny_model(num_layers=1)
+    system = dataclasses.replace(load_system("symbiotic", model), shield=Shield("weights", {"shared": ("vae",)}))
+    net = UnifiedModel(model, system).initialise(0)
+    free, scaled = (generation_gradients(net, batch, value) for value in (0.0, 0.9))
+    name = "blocks.0.moe.shared.all.w_out"
+    torch.testing.assert_close(scaled[name], 0.1 * free[name], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(scaled["latent_in.weight"], free["latent_in.weight"], rtol=1e-4, atol=1e-8)
+
+
+def test_balance_loss_is_the_mean_over_layers_and_routers() -> None:
+    """Router one is balanced (1) in both layers; router two collapsed (n/k = 4) in one layer, balanced in the other."""
+    routers = torch.tensor([[1.0, 1, 1, 0], [0, 0, 0, 1.0]])
+    tokens, k, visible = torch.tensor([8.0, 0.0, 8.0, 16.0]), 1, torch.zeros(4, 8, dtype=torch.bool)
+    visible[:3, :4], visible[3, 4:] = True, True
+    even = visible * tokens[:, None] * k / 4
+    collapsed = even.clone()
+    collapsed[3, 4:] = torch.tensor([16.0, 0, 0, 0])
+    counts = torch.stack([even, collapsed])
+    loss = balance_loss(RoutingStats(counts, counts / k, tokens), routers, visible)
+    assert float(loss) == pytest.approx((1 + 1 + 1 + 4) / 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*Cannot dispatch to fused implementation")
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> None:
+    net, batch = build(name), random_batch(200)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(noised(batch))
+        (out.logits.float().logsumexp(-1).sum() + out.prediction.float().square().sum() + out.balance).backward()
+    assert out.routing.tokens.max() > 512  # beyond what bfloat16 can count
+    assert torch.equal(out.routing.counts.sum(-1), (2 * out.routing.tokens).expand(len(out.routing.counts), 4))
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from symbiotic.checks.rules import at_least, known, plain, positive, require, share
 from symbiotic.checks.system import check_layout
-from symbiotic.layout import parameter_names
+from symbiotic.layout import parameter_names, shield_kinds
 from symbiotic.schema import Config, ConfigError, Mix, Phase, Phases, near_miss
 from symbiotic.training.roles import assign_roles
 
@@ -66,6 +66,7 @@ def check(config: Config) -> None:
     _run(config)
     check_layout(config.model, config.system)
     _phases(config.phases)
+    _callbacks(config)
     _rates(config)
     _mix("mix", config.mix, config.data.sets)
     _objective(config)
@@ -106,6 +107,17 @@ def _writable(config: Config) -> None:
 
 
 # --------------------------------------------------------------------------- optimisation
+
+
+def _callbacks(config: Config) -> None:
+    """A callback that a phase needs cannot be switched off: rates and shield would silently stay as they are."""
+    missing = [name for name, node in config.callbacks.items() if node is None]
+    if "lr_phases" in missing:
+        raise ConfigError("callbacks.lr_phases=null: rates and phases need it; must not be switched off")
+    if "gradient_shielding" in missing and shield_kinds(config.system) and any(p.shield for p in config.phases.list):
+        raise ConfigError("callbacks.gradient_shielding=null: the shield needs it; set system.shield.mode=none instead")
+    if "evaluation" in missing and config.evaluation.every:
+        raise ConfigError("callbacks.evaluation=null: evaluation.every needs it; set evaluation.every=0 instead")
 
 
 def _phases(phases: Phases) -> None:
@@ -213,5 +225,9 @@ def _data(config: Config) -> None:
         whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
         require(whole, f"trainer.{name}", count, "must be a whole number, at least 1")
         ranks *= count
+    strategy = str(trainer.get("strategy", "auto"))
+    if ranks > 1 and "fork" not in strategy:
+        right = "must be ddp_fork with several devices: strategies that run the script again would start the arc twice"
+        raise ConfigError(f"trainer.strategy={strategy}: {right}")
     right = f"must be a multiple of the {ranks} devices that share a step; set data.micro_batches={ranks}"
     require(data.micro_batches % ranks == 0, "data.micro_batches", data.micro_batches, right)

@@ -12,10 +12,12 @@ from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from symbiotic.data.errors import DataError
 from symbiotic.data.packing import Array, pack
 from symbiotic.data.shards import ShardIndex
+from symbiotic.objectives.flow import logit_normal
 from symbiotic.schema import TASKS, ConfigError, Data, Mix, Objective, near_miss
 
 PERIOD = 60
@@ -161,11 +163,11 @@ class DataPlan:
         return philox(self.seed, _CAPTION, step, micro).random(self.samples) < self.objective.caption_dropout
 
     def _times(self, step: int, micro: int) -> Array:
-        """sigmoid(n), n ~ Normal(time_mean, time_std)."""
+        """Flow times of the samples (`objectives.flow.logit_normal`)."""
         if self.objective is None:
             return np.zeros(self.samples)
         normal = philox(self.seed, _TIME, step, micro).standard_normal(self.samples)
-        return 1 / (1 + np.exp(-(self.objective.time_mean + self.objective.time_std * normal)))
+        return logit_normal(torch.from_numpy(normal), self.objective.time_mean, self.objective.time_std).numpy()
 
     def _counts(self, full: str, reduced: str, samples: Array, dropped: Array) -> Array:
         return np.where(dropped, getattr(self.index, reduced)[samples], getattr(self.index, full)[samples])

@@ -106,17 +106,22 @@ class MoE(nn.Module):
     # ------------------------------------------------------------------ routed experts
 
     def routed(self, x_ND: Tensor, places: Places) -> tuple[Tensor, LayerStats]:
-        """`y = sum_{i in S} w_i E_i(x)`; each token chooses S among the columns that its kind sees."""
-        logits_NC = x_ND @ torch.cat(list(self.routers.values()), dim=1)
+        """`y = sum_{i in S} w_i E_i(x)`; each token chooses S among the columns that its kind sees.
+
+        Logits, gates and counts are in float32 under autocast too: bfloat16 cannot count to 257.
+        """
         visible_NC = None if self.all_visible else self.visible_MC[places.kind_N]
-        gates_NK, columns_NK, probs_NC = route(logits_NC, visible_NC, self.cfg)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            logits_NC = x_ND.float() @ torch.cat(list(self.routers.values()), dim=1).float()
+            gates_NK, columns_NK, probs_NC = route(logits_NC, visible_NC, self.cfg)
+            counts_MC = count_by_kind(columns_NK, places.kinds_NM, logits_NC.shape[1])
+            probs_MC = places.kinds_NM.T @ probs_NC
+            if not self.one_to_one:
+                counts_MC = columns_to_experts(counts_MC, self.expert_C, self.num_experts)
+                probs_MC = columns_to_experts(probs_MC, self.expert_C, self.num_experts)
+            z = z_loss(logits_NC, visible_NC, places.valid_N)
         y_ND = self.dispatch(x_ND, gates_NK.to(x_ND.dtype), self.expert_C[columns_NK], places)
-        counts_MC = count_by_kind(columns_NK, places.kinds_NM, logits_NC.shape[1])
-        probs_MC = places.kinds_NM.T @ probs_NC
-        if not self.one_to_one:
-            counts_MC = columns_to_experts(counts_MC, self.expert_C, self.num_experts)
-            probs_MC = columns_to_experts(probs_MC, self.expert_C, self.num_experts)
-        return y_ND, LayerStats(counts_MC, probs_MC, z_loss(logits_NC, visible_NC, places.valid_N))
+        return y_ND, LayerStats(counts_MC, probs_MC, z)
 
     def dispatch(self, x_ND: Tensor, gates_NK: Tensor, experts_NK: Tensor, places: Places) -> Tensor:
         """Sort the assignments by expert, one grouped product per pool, sum each token's k outputs.
@@ -153,7 +158,8 @@ class MoE(nn.Module):
         if set(scope) == set(KINDS):
             return y_ND + self.call_shared(expert, x_ND, None, kinds, places)
         index = places.index(scope)
-        return y_ND.index_add(0, index, self.call_shared(expert, x_ND[index], index, kinds, places))
+        added = self.call_shared(expert, x_ND[index], index, kinds, places)
+        return y_ND.index_add(0, index, added.to(y_ND.dtype))
 
     def call_shared(
         self, expert: nn.Module, x_ND: Tensor, index: Tensor | None, kinds: tuple[str, ...], places: Places
@@ -172,8 +178,9 @@ class MoE(nn.Module):
         assert places.shield is not None
         hit_N = places.is_kind(kinds) if index is None else places.is_kind(kinds)[index]
         hit, rest = hit_N.nonzero().squeeze(-1), (~hit_N).nonzero().squeeze(-1)
-        y_ND = torch.zeros_like(x_ND).index_copy(0, hit, expert(x_ND[hit], 1.0 - places.shield))
-        return y_ND.index_copy(0, rest, expert(x_ND[rest]))
+        shielded = expert(x_ND[hit], 1.0 - places.shield)
+        y_ND = shielded.new_zeros(x_ND.shape).index_copy(0, hit, shielded)
+        return y_ND.index_copy(0, rest, expert(x_ND[rest]).to(y_ND.dtype))
 
     def shielded_rows(self, y_AD: Tensor, component: str, tokens_A: Tensor, places: Places) -> Tensor:
         scale_N1 = places.gradient_scale(self.shielded.get(component, ()))

@@ -80,7 +80,7 @@ def route(logits_NC: Tensor, visible_NC: Tensor | None, cfg: Router) -> tuple[Te
 
 def count_by_kind(columns_NK: Tensor, kinds_NM: Tensor, num_columns: int) -> Tensor:
     """[M, C]: how often each column was chosen by tokens of each kind. kinds_NM is one-hot, zero at padding."""
-    chosen_NC = torch.zeros(len(columns_NK), num_columns, device=columns_NK.device).scatter_(1, columns_NK, 1.0)
+    chosen_NC = kinds_NM.new_zeros(len(columns_NK), num_columns).scatter_(1, columns_NK, 1.0)
     return kinds_NM.T @ chosen_NC
 
 

@@ -84,16 +84,21 @@ class UnifiedModel(nn.Module):
         prediction = self.latent_head(x_ND[latent_rows(batch)]) if self.latents else batch.latents
         stats = self.routing(layers, places)
         z = torch.stack([layer.z for layer in layers]).mean() if layers else x_ND.new_zeros(())
-        return Output(logits, prediction, balance_loss(stats, self.routers_RM, self.visible_experts), z, stats)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            balance = balance_loss(stats, self.routers_RM.float(), self.visible_experts)
+        return Output(logits, prediction, balance, z, stats)
 
     def embedding(self, batch: Batch) -> Tensor:
         """[N, D]: words; read patches with their grid place; latents with grid place and flow time."""
         kind_N = batch.kind.reshape(-1)
         x_ND = self.embed(batch.tokens.reshape(-1))
-        read = self.vit_in(batch.vit_patches) + self.vit_grid(batch.vit_grid)
+        dtype = self.embed.weight.dtype
+        read = self.vit_in(batch.vit_patches.to(dtype)) + self.vit_grid(batch.vit_grid)
         x_ND = x_ND.index_copy(0, (kind_N == VIT).nonzero().squeeze(-1), read.to(x_ND.dtype))
         if self.latents:
-            made = self.latent_in(batch.latents) + self.latent_grid(batch.latent_grid) + self.time_in(batch.time)
+            made = (
+                self.latent_in(batch.latents.to(dtype)) + self.latent_grid(batch.latent_grid) + self.time_in(batch.time)
+            )
             x_ND = x_ND.index_copy(0, latent_rows(batch).nonzero().squeeze(-1), made.to(x_ND.dtype))
         return x_ND
 
