@@ -19,7 +19,13 @@ from symbiotic.config import CONF, compose
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = {name: (ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")}
+DOCUMENTS = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        *(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("experiments/*/*.md"),
+    )
+}
 
 
 def section(title: str) -> str:
@@ -65,7 +71,7 @@ def test_make_targets_and_links_exist(name: str) -> None:
     named = {match for command in written for match in re.findall(r"^make ([a-z-]+)", command)}
     assert named <= targets
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
 
 
 def test_the_axes_are_those_of_conf() -> None:
