@@ -191,7 +191,7 @@ def test_the_run_folder_follows_from_what_matters(composer: Composer, tmp_path: 
     unchanged = ["threads=2", "dry_run=true", "log_every=7", "save_every=3", "logger=none", "data.num_workers=2"]
     assert {folder(o) for o in [*unchanged, "trainer=ddp", f"paths.data={tmp_path}/other", "metric=reading"]} == {usual}
     changed = ["rates.lr=1e-4", "phases.steps=21", "mix=und_only", "data.samples=8", "trainer.precision=64-true"]
-    changed += ["evaluation.images=4", "init.stage0.max_steps=5", "callbacks.gradient_shielding=null"]
+    changed += ["evaluation.images=4", "init.stage0.max_steps=5", "callbacks.sample_grid=null"]
     assert len({usual, *(folder(o) for o in changed)}) == len(changed) + 1
     assert folder("seed=3") == usual.replace("seed0", "seed3")
     assert folder("name=other") == usual.replace("smoke/", "other/")
