@@ -16,7 +16,7 @@ from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError, 
 from symbiotic.config import instantiate
 from symbiotic.data.loader import MicroBatches, train_loader
 from symbiotic.module import SymbioticModule
-from symbiotic.schema import Config, RunError
+from symbiotic.schema import Config, ConfigError, RunError
 
 
 def make_loader(config: Config, dataset: MicroBatches, rank: int, world: int, start_step: int) -> DataLoader:
@@ -59,29 +59,38 @@ def quieten(tables: bool) -> None:
 
 
 def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: list[Any]) -> Any:
-    """A Lightning Trainer by steps: `config.trainer` says where it runs, the rest follows from the config."""
+    """A Lightning Trainer by steps: `config.trainer` says where it runs, the rest follows from the config.
+
+    Raises:
+        ConfigError: this machine cannot run it, for one because it has no such accelerator.
+    """
     import lightning
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     quieten(tables=bool(config.trainer.get("profiler")))
     devices = config.trainer.get("devices", 1)
     ranks = (devices if isinstance(devices, int) else 1) * config.trainer.get("num_nodes", 1)
     checkpoints = StepCheckpoint(str(folder / "checkpoints"), config.save_every)
-    return lightning.Trainer(
-        **config.trainer,
-        default_root_dir=str(folder),
-        max_steps=config.phases.steps,
-        max_epochs=-1,
-        accumulate_grad_batches=max(1, config.data.micro_batches // max(1, ranks)),
-        callbacks=[*callbacks, checkpoints],
-        logger=loggers or False,
-        plugins=[AtomicCheckpointIO()],
-        use_distributed_sampler=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        log_every_n_steps=0,
-    )
+    arguments = {
+        "default_root_dir": str(folder),
+        "max_steps": config.phases.steps,
+        "max_epochs": -1,
+        "accumulate_grad_batches": max(1, config.data.micro_batches // max(1, ranks)),
+        "callbacks": [*callbacks, checkpoints],
+        "logger": loggers or False,
+        "plugins": [AtomicCheckpointIO()],
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "log_every_n_steps": 0,
+    }
+    try:
+        return lightning.Trainer(**config.trainer, **arguments)
+    except MisconfigurationException as error:
+        where = f"trainer.accelerator={config.trainer.get('accelerator')}"
+        raise ConfigError(f"{where}: {str(error).splitlines()[0]} Choose another trainer, e.g. trainer=cpu") from error
 
 
 def fit(
@@ -97,6 +106,7 @@ def fit(
 
     Raises:
         RunError: a checkpoint could not be written or read.
+        KeyboardInterrupt: Ctrl-C; what was saved is there for the next start.
     """
     module = make_module(config, dataset, state, latents)
     trainer = make_trainer(config, folder, callbacks, loggers)
@@ -107,6 +117,8 @@ def fit(
         trainer.fit(module, ckpt_path=str(resume) if resume else None)
     except CheckpointError as error:
         raise RunError(str(error)) from error
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        if trainer.interrupted:
+            raise KeyboardInterrupt from error
+        raise
     return module

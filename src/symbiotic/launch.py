@@ -195,6 +195,7 @@ def _run(composer: Composer, overrides: list[str], multirun: bool) -> int:
     try:
         returned = start(composer.config_name, job, [*overrides, f"hydra.mode={mode}"])
     except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
         return INTERRUPTED
     return max((failure.status for failure in (*_FAILURES, *_failures(returned))), default=0)
 
