@@ -103,6 +103,10 @@ class Arc:
             parent = self.parent()
             state = self.split(parent)
             scores = self.joint(state)
+        except BaseException:
+            if self.scorers is not None:  # do not keep a stopped run waiting; the next start trains the judges
+                self.scorers.terminate()
+            raise
         finally:
             if self.scorers is not None:
                 self.scorers.wait()

@@ -88,9 +88,11 @@ def make_trainer(config: Config, folder: Path, callbacks: list[Any], loggers: li
     }
     try:
         return lightning.Trainer(**config.trainer, **arguments)
-    except MisconfigurationException as error:
-        where = f"trainer.accelerator={config.trainer.get('accelerator')}"
-        raise ConfigError(f"{where}: {str(error).splitlines()[0]} Choose another trainer, e.g. trainer=cpu") from error
+    except (MisconfigurationException, ValueError) as error:
+        chosen = " ".join(
+            f"trainer.{name}={config.trainer.get(name)}" for name in ("accelerator", "strategy", "precision")
+        )
+        raise ConfigError(f"{chosen}: {str(error).splitlines()[0]} Another trainer: e.g. trainer=cpu") from error
 
 
 def fit(

@@ -88,6 +88,8 @@ def one_line(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"the disk is full: {error.filename or error}; free some space or choose another folder"
+    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write {error.filename or error}; choose another folder (paths.runs, .data, .cache)"
     if type(error).__name__ in ("ProcessRaisedException", "RemoteTraceback"):  # raised in a forked rank
         found = re.findall(rf"^(?:[\w.]+\.)?(?:{'|'.join(_EXPECTED)}): (.+)$", str(error), re.MULTILINE)
         return found[-1] if found else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from symbiotic.callbacks.log import Window, log_metrics
 from symbiotic.callbacks.step import StepCallback
+from symbiotic.schema import ConfigError
 from symbiotic.training.routing_metrics import miscount, summarise
 
 
@@ -25,6 +26,8 @@ class RoutingMonitor(StepCallback):
     """
 
     def __init__(self, every: int = 10, factors: Sequence[float] = (1.0, 1.25), per_layer: bool = True) -> None:
+        if every < 1 or not factors or min(factors) <= 0:
+            raise ConfigError(f"callbacks.routing_monitor: every={every} must be at least 1, factors={factors} above 0")
         self.every, self.factors, self.per_layer = every, tuple(factors), per_layer
         self.window = Window()
 

@@ -83,6 +83,8 @@ def _run(config: Config) -> None:
     require(config.seed < 2**32, "seed", config.seed, "must be below 2**32")
     require(bool(re.fullmatch(r"[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
     known("metric", [config.metric], METRICS, "score")
+    for name in ("runs", "data", "cache"):
+        require(bool(getattr(config.paths, name)), f"paths.{name}", "''", "must name a folder")
     for name in ("data", "cache"):
         ancestor = _existing(Path(getattr(config.paths, name)))
         require(ancestor.is_dir(), f"paths.{name}", getattr(config.paths, name), f"{ancestor} is a file, not a folder")
@@ -212,7 +214,7 @@ def _init(config: Config) -> None:
 def _data(config: Config) -> None:
     data, trainer = config.data, config.trainer
     at_least(data, "data.", 1, "samples row_tokens micro_batches")
-    at_least(data, "data.", 0, "num_workers")
+    at_least(data, "data.", 0, "num_workers repeat_steps")
     for name in trainer:
         if name not in TRAINER_KEYS:
             raise ConfigError(f"trainer.{name}: no argument of lightning.Trainer; {near_miss(name, TRAINER_KEYS)}")

@@ -26,6 +26,10 @@ REPORTED = ("und", "text", "vit", "vae")
 """Groups of kinds whose routing the summary shows."""
 
 
+JUDGES = ("classifier", "classifier_augmented", "clip_retrieval")
+"""Which of the scorers' own figures are accuracies."""
+
+
 def show_plan(config: Config, model: UnifiedModel, roles: set[str]) -> None:
     """The phase table and the parameter table, before anything is trained."""
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -89,7 +93,7 @@ def write(arc: Arc, scores: Scores) -> float:
         "iteration 0": read_scores(folder / SCORES)[0],
         f"step {steps}": {name: (value, scores.n[name]) for name, value in scores.items()},
     }
-    judged = ", ".join(f"{name} {value:.3f}" for name, value in scores.judges.items())
+    judged = ", ".join(f"{name} {scores.judges[name]:.3f}" for name in JUDGES if name in scores.judges)
     table = console.summary_table(
         stages,
         f"{config.system.name}, seed {config.seed}",
@@ -102,7 +106,7 @@ def write(arc: Arc, scores: Scores) -> float:
         "grid": grids[-1] if grids else console.NONE,
         "checkpoint": newest_valid(folder / "checkpoints") or console.NONE,
         "model": folder / "model.safetensors",
-        "metrics": folder / "metrics.csv",
+        "metrics": folder / "metrics.csv" if (folder / "metrics.csv").exists() else console.NONE,
         "scores": folder / SCORES,
         "receipt": folder / "receipt.json",
     }
