@@ -60,6 +60,7 @@ WRONG = {  # the command line -> what the line says
     "system=tripartite model.gen_fraction=.3125": r"system\.pools: 11 of .* for text, vit: must be a positive multiple",
     "system.pools.und=0.25": r"system\.pools=0\.25 \+ 0\.5: the shares of the pools must add up to 1",
     "+system.pools.more=0.5": r"system\.pools: 0 of model\.num_experts=16 are left for und",
+    "mix=und_only phases.shield_steps=3": r"phases\.shield_steps=3: .*the mix trains no generation samples",
     "callbacks.lr_phases=null": r"callbacks\.lr_phases=null: rates and phases need it",
     "callbacks.gradient_shielding=null": r"callbacks\.gradient_shielding=null: the shield needs it; set .*mode=none",
     "callbacks.evaluation=null": r"callbacks\.evaluation=null: evaluation\.every needs it",

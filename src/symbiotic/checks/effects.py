@@ -38,7 +38,7 @@ Rule = Callable[[Setting, str], str | None]
 def _shield_level(s: Setting, key: str) -> str | None:
     if not shield_kinds(s.config.system):
         return f"system={s.config.system.name} has no shield targets, or system.shield.mode is none"
-    return None if s.refers("phases.list", key) else "no entry of phases.list refers to it"
+    return (None if s.refers("phases.list", key) else "no entry of phases.list refers to it") or _generation(s, key)
 
 
 def _phase_steps(s: Setting, key: str) -> str | None:
