@@ -22,4 +22,6 @@ def test_other_machines_are_out_of_reach(address: tuple[str, int]) -> None:
 
 def test_loopback_is_open() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        socket.create_connection(("localhost", server.getsockname()[1])).close()
+        port = server.getsockname()[1]
+        with socket.create_connection(("localhost", port)) as client:
+            assert client.getpeername()[1] == port
