@@ -16,6 +16,12 @@ from symbiotic.schema import ConfigError, RunError
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
+def two_phases(condition: str, more: str = "", until: int = 100) -> str:
+    """A list of phases whose first one ends by a metric."""
+    return f"phases.list=[{{name:a,until:{until},when:{{{condition}}}}},{{name:b,until:450{more}}}]"
+
+
 WRONG = {  # the command line -> what the line says
     # unknown names
     "system=symbiotc": r"system=symbiotc: no such option; did you mean 'symbiotic'\?",
@@ -55,7 +61,31 @@ WRONG = {  # the command line -> what the line says
     # model and system
     "model.router.top_k=9": r"model\.router\.top_k=9: tokens of kind text see only 8 experts .*at most 8",
     "system=tripartite model.router.top_k=5": r"model\.router\.top_k=5: tokens of kind text see only 4 experts",
-    "model.num_experts=15": r"system\.pools\.gen=0\.5: .*model\.num_experts=15.*whole experts, not 7\.5",
+    "model.gen_fraction=.01": r"system\.pools\.gen=0\.01: .*model\.num_experts=16.*at least 0\.0625 for one expert",
+    two_phases("metric:train/ce"): r"phases\.list\[0\]\.when: .*above or below",
+    two_phases("metric:trian/ce,below:1"): r"metric=trian/ce: .*'train/'",
+    two_phases("metric:speed/tokens_per_s,above:1"): r"speed/tokens_per_s: no logged metric that a phase may end by",
+    two_phases("metric:train/ce,below:1", ",mix:{lm:1,t2i:1}"): r"phases\.list\[1\]\.mix: .*fixed step",
+    two_phases("metric:train/ce,below:1", until=400): r"phases\.list\[0\]\.until=400: .*step 315",
+    "phases.list=[{name:b,until:450,when:{metric:train/ce,below:1}}]": r"phases\.list\[0\]\.when: the last phase",
+    "phases.list=[{name:b,until:450,mix:{ml:1}}]": r"phases\.list\[0\]\.mix=ml: no such set .*lm,",
+    f"callbacks.phase_transitions=null {two_phases('metric:train/ce,below:1')}": r"callbacks\.phase_transitions=null",
+    "+rates.schedules.gne={decay:0.5}": r"rates\.schedules=gne: no such role; did you mean 'gen'",
+    "+rates.schedules.gen={decay:2.0}": r"rates\.schedules\.gen\.decay=2.*\[0, 1\]",
+    "objective.balance.bias_rate=.001": r"objective\.balance\.bias_rate=0\.001: .*model\.router\.bias=true",
+    "objective.balance.kinds.vea=2": r"objective\.balance\.kinds\.vea=2: no such key; did you mean '.*kinds\.vae'",
+    "objective.balance.scope=all": r"objective\.balance\.scope='all': must be one of router, global",
+    "system=standard_moe objective.balance.scope=global": r"has no effect: .*one router",
+    "model.router.bias=true": r"model\.router\.bias=true: has no effect: .*bias_rate is 0",
+    "callbacks.balance_bias=null ablation=aux_loss_free": r"callbacks\.balance_bias=null: .*bias_rate needs it",
+    "init.parent_shared=false": r"init\.parent_shared=false: .*shared expert",
+    "init.parent_shared=true": r"init\.parent_shared=true: has no effect",
+    "system=standard_moe init.gen_experts=random": r"has no effect: .*no pool that only latents see",
+    "system=dense init.router=fresh": r"init\.router=fresh: has no effect: .*no routed experts",
+    "surgery.roles=[shared]": r"surgery\.roles=\[shared\]: has no effect: surgery\.method is none",
+    "surgery=upgrad surgery.cagrad_c=1": r"surgery\.cagrad_c=1: has no effect: surgery\.method is upgrad",
+    "compile=everything": r"compile='everything': must be one of none, inductor, aot_eager",
+    "probe_samples=0": r"probe_samples=0: must be at least 1",
     "model.gen_fraction=1": r"system\.pools: 0 of model\.num_experts=16 are left for und",
     "system=tripartite model.gen_fraction=.3125": r"system\.pools: 11 of .* for text, vit: must be a positive multiple",
     "system.pools.und=0.25": r"system\.pools=0\.25 \+ 0\.5: the shares of the pools must add up to 1",
@@ -129,7 +159,6 @@ WRONG = {  # the command line -> what the line says
     "model.dense_hidden=3": r"model\.dense_hidden=3: has no effect: model\.dense_layers is empty",
     f"init.checkpoint={__file__} init.stage0.lr=1e-3": r"init\.stage0\.lr=1e-3: has no effect: no stage 0 is trained",
     "ablation=ratio_3_1 model.gen_fraction=.5": r"ablation=ratio_3_1: its model\.gen_fraction=0\.25 is overridden",
-    "ablation=ratio_3_1 model.gen_fraction=.25": r"ablation=ratio_3_1: changes nothing here",
     # what may be built
     "rates.optimizer._target_=os.system": r"rates\.optimizer\._target_=os\.system: not allowed",
     "callbacks.progress._target_=symbiotic.callbacks.progress.Progres": r"no such class; did you mean 'Progress'\?",

@@ -8,7 +8,7 @@ import math
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from symbiotic.checks.values import TRAINER_KEYS
-from symbiotic.config import CONF, Composer, instantiate, run_name, save_config
+from symbiotic.config import CONF, Composer, _ablated, instantiate, run_name, save_config
+from symbiotic.convert.split import assign, split_state
 from symbiotic.launch import Failure, check_members, members, prepare
 from symbiotic.layout import experts_seen, kinds_of, parameter_names, parent_system, pool_sizes, shield_kinds
 from symbiotic.models.unified import UnifiedModel
@@ -45,6 +46,18 @@ OPTIONS = [
 def composer() -> Iterator[Composer]:
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         yield Composer()
+
+
+def _flat(value: Any, key: str = "") -> dict[str, Any]:
+    """Full key -> value of a config."""
+    value = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+    if isinstance(value, dict):
+        return {
+            k: v for name, child in value.items() for k, v in _flat(child, f"{key}.{name}" if key else name).items()
+        }
+    if isinstance(value, list | tuple):
+        return {k: v for i, child in enumerate(value) for k, v in _flat(child, f"{key}[{i}]").items()}
+    return {key: value}
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +108,7 @@ def test_experiments_hold_only_override_lines_and_run_level_keys(name: str) -> N
 def test_ablations_never_touch_the_choice_of_a_system() -> None:
     for path in (CONF / "ablation").glob("*.yaml"):
         node = yaml.safe_load(path.read_text())
-        assert "system" not in node, path
+        assert "name" not in node.get("system", {}), path
         assert "system" not in str(node.get("defaults", "")), path
 
 
@@ -110,6 +123,48 @@ def test_ablations_take_effect_alone_and_together(composer: Composer, ablation: 
     assert config.model.gen_fraction == (0.25 if "ratio_3_1" in ablation else 0.5)
     assert len(config.phases.list) == (1 if "no_shielding" in ablation else 2)
     assert config.ablation == ablation
+
+
+ABLATIONS = sorted(path.stem for path in (CONF / "ablation").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS)
+def test_every_ablation_is_one_delta_and_builds(composer: Composer, ablation: str) -> None:
+    """Its keys hold, nothing else differs, and the model, its parent and the split of one into the other exist."""
+    base = _flat(composer.config(["experiment=symbiotic"]))
+    config = composer.config(["experiment=symbiotic", f"ablation={ablation}"])
+    flat = _flat(config)
+    changed = {key for key in base | flat if base.get(key) != flat.get(key)}
+    changed = {key for key in changed if not key.startswith(("run_dir", "ablation", "logger"))}
+    named = tuple(_ablated(ablation))
+    made_of = {"phases.release_scale": "phases.list", "phases.shield_steps": "phases.list"}
+    made_of |= {"model.gen_fraction": "system.pools"}
+    allowed = (*named, *(made_of[key] for key in named if key in made_of))
+    assert all(key.startswith(allowed) for key in changed), changed
+    assert changed or ablation in ("none", "ratio_1_1")  # the embedded model's own ratio
+    model = UnifiedModel(config.model, config.system)
+    assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
+    parent = parent_system(config.system, config.init.parent_shared)
+    state = UnifiedModel(config.model, parent, latents=False).initialise(0).state_dict()
+    counts = torch.rand(config.model.num_layers, len(KINDS), config.model.num_experts)
+    assignment = assign(counts, config.model, config.system, config.init.assignment, 0)
+    model.load_state_dict(split_state(state, model, assignment, 0, config.init))
+
+
+def test_all_ablations_that_do_not_exclude_each_other_compose_together(composer: Composer) -> None:
+    chosen = "shield_strict,release_1,single_lr,random_split,fresh_router,random_gen_experts,global_aux,ratio_3_1"
+    config = composer.config(["experiment=symbiotic", f"ablation=[{chosen}]"])
+    assert config.ablation == chosen.split(",")
+    assert (config.system.shield.mode, config.init.router, config.model.gen_fraction) == ("strict", "fresh", 0.25)
+
+
+def test_what_logs_steer_is_part_of_the_run_folder(composer: Composer) -> None:
+    def folder(*overrides: str) -> str:
+        return composer.config(["experiment=symbiotic", *overrides]).run_dir
+
+    phases = "phases.list=[{name:a,until:99,when:{metric:train/ce,below:1.0}},{name:b,until:450}]"
+    assert folder("log_every=5") == folder("log_every=10")
+    assert folder("log_every=5", phases) != folder("log_every=10", phases)
 
 
 # --------------------------------------------------------------------------- what the values mean

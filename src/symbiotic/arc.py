@@ -22,6 +22,8 @@ from symbiotic.callbacks.log import StepLog
 from symbiotic.callbacks.lr_phases import LRPhases
 from symbiotic.callbacks.progress import Progress
 from symbiotic.callbacks.sample_grid import SampleGrid
+from symbiotic.callbacks.shared_only_probe import SharedOnlyProbe
+from symbiotic.callbacks.step import Probing
 from symbiotic.config import instantiate, save_config
 from symbiotic.convert.profile import expert_counts
 from symbiotic.convert.receipt import receipt
@@ -37,6 +39,7 @@ from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
 from symbiotic.layout import parent_system
+from symbiotic.models.batch import Batch
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import (
     Journal,
@@ -49,11 +52,13 @@ from symbiotic.runs import (
     state_hash,
     write_json,
 )
-from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError
+from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
+from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 
 GENERATION_SETS = ("t2i", "t2i_long")
+PROBE_SEED = 1_000_003
 
 PARENT_CODE = (
     *("schema.py", "layout.py", "models", "objectives", "training", "data"),
@@ -128,7 +133,16 @@ class Arc:
 
     def dataset(self, config: Config, generation: bool) -> MicroBatches:
         objective = config.objective if generation else None
-        return MicroBatches(self.data, DataPlan(self.index, config.mix, config.data, config.seed, objective))
+        schedule = mix_schedule(config.phases, config.mix)
+        return MicroBatches(self.data, DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule))
+
+    def probe(self) -> Batch:
+        """The fixed batch that monitors measure on: `probe_samples` of the mix that joint training starts with, drawn
+        by a seed of their own."""
+        config = self.config
+        data = dataclasses.replace(config.data, samples=config.probe_samples, micro_batches=1, repeat_steps=0)
+        plan = DataPlan(self.index, config.mix, data, config.seed + PROBE_SEED, config.objective)
+        return MicroBatches(self.data, plan)[0]
 
     # ------------------------------------------------------------------ stage 0
 
@@ -190,7 +204,7 @@ class Arc:
             batches = self.profile_batches()
             counts = expert_counts(old, batches)
             assignment = assign(counts, config.model, config.system, config.init.assignment, config.seed)
-            new.load_state_dict(split_state(parent, new, assignment, config.seed))
+            new.load_state_dict(split_state(parent, new, assignment, config.seed, config.init))
             found = receipt(old, new, assignment, batches[0]) | {"parent": self.parent_name}
             save_state(path, new.state_dict())
             found["iteration_0"] = dict(self.record(new, 0))
@@ -225,6 +239,10 @@ class Arc:
                 callback.evaluate = self.evaluate
             if isinstance(callback, SampleGrid):
                 callback.draw = self.draw
+            if isinstance(callback, SharedOnlyProbe):
+                callback.evaluate = self.understanding
+            if isinstance(callback, Probing):
+                callback.probe = self.probe()
         return made
 
     def loggers(self) -> list[Any]:
@@ -238,6 +256,9 @@ class Arc:
 
     def evaluate(self, model: nn.Module) -> Scores:
         return self.evaluation.run(model, self.config.seed)
+
+    def understanding(self, model: nn.Module) -> Scores:
+        return self.evaluation.run(model, self.config.seed, only=("knowledge", "reading"))
 
     def draw(self, model: nn.Module, count: int) -> tuple[Any, list[str]]:
         """Images for the first captions of the generation benchmark, as the evaluation samples them."""
@@ -282,19 +303,30 @@ def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedMod
 
 def stage0_config(config: Config) -> Config:
     """The config of the parent: one pool, one rate, understanding data, no flow loss."""
-    stage0 = config.init.stage0
+    stage0, system = config.init.stage0, parent_system(config.system, config.init.parent_shared)
+    model = dataclasses.replace(config.model, router=dataclasses.replace(config.model.router, bias=False))
+    phases = Phases(1, 0, 1.0, (Phase("stage 0", 1),))
     if stage0 is None:  # a parent from a checkpoint: its layout, and understanding data to profile it on
         dropped = tuple(name for name in config.mix.weights if name in GENERATION_SETS)
         mix = dataclasses.replace(config.mix, drop=dropped)
-        return dataclasses.replace(config, system=parent_system(config.system), mix=mix)
+        return dataclasses.replace(config, system=system, mix=mix, phases=phases, model=model)
     steps = stage0.max_steps
     rates = dataclasses.replace(
-        config.rates, roles={"all": ("",)}, lr=stage0.lr, by_role={}, warmup=stage0.warmup, decay=stage0.decay
+        config.rates,
+        roles={"all": ("",)},
+        lr=stage0.lr,
+        by_role={},
+        warmup=stage0.warmup,
+        decay=stage0.decay,
+        shape="linear",
+        schedules={},
     )
     return dataclasses.replace(
         config,
-        system=parent_system(config.system),
+        model=model,
+        system=system,
         rates=rates,
+        surgery=Surgery(),
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
         mix=stage0.mix,
         data=dataclasses.replace(config.data, samples=stage0.samples, repeat_steps=0),
@@ -314,7 +346,7 @@ def stage0_key(config: Config, fingerprint: str) -> str:
     parts = [asdict(part) for part in (config.system, config.rates, config.phases, config.mix, config.objective)]
     code = source_hash(*PARENT_CODE)
     precision = config.trainer.get("precision")
-    return digest([model, data, parts, fingerprint, config.seed, precision, code])
+    return digest([model, data, parts, fingerprint, config.seed, precision, config.compile, code])
 
 
 def check_parent(state: dict[str, Tensor], config: Config, path: str) -> None:

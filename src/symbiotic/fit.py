@@ -12,7 +12,14 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError, StepCheckpoint, newest_valid
+from symbiotic.callbacks.checkpoint import (
+    AtomicCheckpointIO,
+    CheckpointError,
+    StepCheckpoint,
+    newest_valid,
+    step_of,
+)
+from symbiotic.callbacks.events import rewind_events
 from symbiotic.config import instantiate
 from symbiotic.data.loader import MicroBatches, train_loader
 from symbiotic.module import SymbioticModule
@@ -113,6 +120,7 @@ def fit(
     module = make_module(config, dataset, state, latents)
     trainer = make_trainer(config, folder, callbacks, loggers)
     resume = newest_valid(folder / "checkpoints")
+    rewind_events(folder, step_of(resume) if resume else 0)
     if "fork" in str(config.trainer.get("strategy", "")):
         module.configure_model()  # the ranks end with their processes; Lightning brings their weights back into this
     try:

@@ -12,11 +12,11 @@ _EPS = 1e-6
 
 
 def pool_sizes(model: Model, system: System) -> dict[str, int]:
-    """Routed experts per pool and layer, in the order of `system.pools`; they add up to `model.num_experts`.
+    """Routed experts per pool and layer, in the order of `system.pools`; they add up to `model.num_experts`. A share is
+    rounded to whole experts.
 
     Raises:
-        ConfigError: a share outside (0, 1], a share that is no whole number of experts, or shares that do not
-            add up to one.
+        ConfigError: a share outside (0, 1], one that rounds to no expert, or shares that do not add up to one.
     """
     total = model.num_experts
     sizes = {name: _experts(name, share, total) for name, share in system.pools.items() if share is not None}
@@ -35,13 +35,13 @@ def pool_sizes(model: Model, system: System) -> dict[str, int]:
 
 
 def _experts(name: str, share: float, total: int) -> int:
-    count = share * total
-    if not 0 < share <= 1 + _EPS or abs(count - round(count)) > 1e-3:
+    count = round(share * total)
+    if not 0 < share <= 1 + _EPS or count < 1:
         raise ConfigError(
-            f"system.pools.{name}={share:g}: must be a share of model.num_experts={total} in (0, 1] "
-            f"that gives whole experts, not {count:g}"
+            f"system.pools.{name}={share:g}: must be a share of model.num_experts={total} in (0, 1], "
+            f"at least {1 / total:g} for one expert"
         )
-    return round(count)
+    return count
 
 
 def router_pools(system: System) -> dict[str, str]:
@@ -110,13 +110,14 @@ def shield_kinds(system: System) -> dict[str, tuple[str, ...]]:
     return {name: kinds for name, kinds in scoped.items() if kinds}
 
 
-def parent_system(system: System) -> System:
+def parent_system(system: System, shared: bool | None = None) -> System:
     """The layout of stage 0, before anything is split: one pool, one router, one shared expert, one stream.
 
-    A system without pools (dense) has a parent without pools; one without shared experts has a parent without,
-    except that a dense one always has its FFN there. Systems with equal parents share the cached stage 0.
+    A system without pools (dense) has a parent without pools; one without shared experts has a parent without, unless
+    `shared` says otherwise (`init.parent_shared`), except that a dense one always has its FFN there. Systems with equal
+    parents share the cached stage 0.
     """
-    has_shared = bool(shared_scopes(system)) or not system.pools
+    has_shared = (bool(shared_scopes(system)) if shared is None else shared) or not system.pools
     return System(
         name=PARENT,
         pools={PARENT: 1.0} if system.pools else {},

@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from symbiotic.layout import shield_kinds
 from symbiotic.models.batch import Batch
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import flow_loss, noised
-from symbiotic.objectives.text import ce_loss
-from symbiotic.schema import Config
+from symbiotic.objectives.flow import noised
+from symbiotic.objectives.total import TASK_TERMS, loss_terms, term_weights
+from symbiotic.schema import Config, Phase
 from symbiotic.training.phases import phase_at
 from symbiotic.training.roles import assign_roles, role_lr
+from symbiotic.training.surgery import TaskGradients, project_on_momentum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 MakeLoader = Callable[[int, int, int], DataLoader]  # (rank, world size, first optimiser step) -> loader
@@ -50,6 +52,13 @@ class SymbioticModule(lightning.LightningModule):
         self.rates, self.phases = config.rates, config.phases
         self.make_optimizer, self.make_loader, self.start_state = optimizer, loader, state
         self.register_buffer("shield", torch.zeros(()), persistent=False)
+        self.transitions: dict[int, int] = {}  # phases that a condition ended (see `training.phases`)
+        self.tasks: TaskGradients | None = None  # where the gradients of the tasks are combined (`config.surgery`)
+        self.balance_scale = 1.0  # factor on the balance weight and the bias rate; an alarm raises it
+
+    def phase(self, step: int) -> Phase:
+        """The phase of optimiser step `step` (from 0)."""
+        return phase_at(self.config.phases, step, self.transitions)
 
     def configure_model(self) -> None:
         """Called by Lightning on every rank, more than once: builds only the first time."""
@@ -60,21 +69,25 @@ class SymbioticModule(lightning.LightningModule):
             self.model.initialise(self.config.seed)
         else:
             self.model.load_state_dict(dict(self.start_state))
+        self.model.recompute = self.config.recompute
+        if self.config.compile != "none":
+            for block in self.model.blocks:
+                block.compile(backend=self.config.compile)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """The loss of one micro-batch. The normalisers are those of the whole optimiser step, so that the mean over
-        micro-batches, however they are shared out, is the loss of the step."""
-        out = self.model(noised(batch), shield=self.shield)
-        objective, phase = self.config.objective, phase_at(self.config.phases, self.global_step)
-        ce = ce_loss(out.logits, batch) / batch.ce_norm
-        flow = flow_loss(out.prediction, batch, objective.prediction) / batch.flow_norm
-        balance_weight = objective.balance_weight if phase.balance is None else phase.balance
-        loss = objective.ce_weight * ce + objective.flow_weight * flow
-        loss = loss + balance_weight * out.balance + objective.z_weight * out.z
-        parts = {"ce": ce, "flow": flow, "balance": out.balance, "z": out.z}
+        """The loss of one micro-batch, its terms, and the routing."""
+        batch = noised(batch)
+        out = self.model(batch, shield=self.shield)
+        terms = loss_terms(self.model, out, batch, self.config.objective)
+        weights = term_weights(self.config.objective, self.phase(self.global_step).balance)
+        weights["balance"] *= self.balance_scale
+        weighted = {name: weights[name] * term for name, term in terms.items()}
+        loss = sum(weighted.values(), torch.zeros_like(out.z))
+        if self.tasks is not None:
+            self.tasks.losses = {task: weighted[term] for task, term in TASK_TERMS.items()}
         return {
             "loss": loss,
-            **{name: value.detach() for name, value in parts.items()},
+            **{name: term.detach() for name, term in terms.items()},
             "routing": out.routing.detach(),
             "tokens": out.routing.tokens,
         }
@@ -92,14 +105,45 @@ class SymbioticModule(lightning.LightningModule):
         for name, parameter in parameters.items():
             groups.setdefault(roles[name], []).append(parameter)
         ordered = [role for role in rates.roles if role in groups]
+        surgery = self.config.surgery
+        if surgery.method not in ("none", "maop"):
+            treated = [role for role in ordered if role in surgery.roles or not surgery.roles]
+            self.tasks = TaskGradients(surgery, [p for role in treated for p in groups[role]])
         return self.make_optimizer(
             [{"params": groups[r], "role": r, "lr": role_lr(r, rates.lr, rates.by_role)} for r in ordered]
         )
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.tasks is not None:
+            self.tasks.add(self.trainer.accumulate_grad_batches)
+        super().backward(loss, *args, **kwargs)
+
+    def on_before_zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.tasks is not None:
+            self.tasks.clear()
+
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Clip the global norm here: Lightning's own clipping refuses fused optimisers under mixed precision."""
+        """Combine the tasks' gradients, clip, take out what opposes the momentum: each where the config says so.
+
+        The global norm is clipped here, as Lightning's own clipping refuses fused optimisers under mixed precision.
+        """
+        if self.tasks is not None:
+            self.tasks.combine()
         if self.config.rates.clip > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.rates.clip)
+        if self.config.surgery.method == "maop" and not self.shielding():
+            project_on_momentum(optimizer, self.config.surgery.roles)
+
+    def shielding(self) -> bool:
+        """Whether this step lets nothing of the generation gradient through the shield's targets."""
+        return self.phase(self.global_step).shield >= 1 and bool(shield_kinds(self.config.system))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["progress"] = {"transitions": dict(self.transitions), "balance_scale": self.balance_scale}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        progress = checkpoint.get("progress", {"transitions": {}, "balance_scale": 1.0})
+        self.transitions, self.balance_scale = dict(progress["transitions"]), float(progress["balance_scale"])
 
     def train_dataloader(self) -> DataLoader:
         """Starts at the step that training is at, so that a resumed run reads on where it stopped."""

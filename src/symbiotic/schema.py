@@ -49,6 +49,7 @@ class Router:
     normalize: bool = True  # renormalise the chosen k gates to sum to one (OLMoE, Qwen1.5-MoE: false)
     score: Literal["softmax", "sigmoid"] = "softmax"
     scale: float = 1.0  # factor on the routed sum (DeepSeek's routed_scaling_factor)
+    bias: bool = False  # a bias per column that takes part in the choice, not in the gates (see `Balance.bias_rate`)
 
 
 @dataclass(frozen=True)
@@ -127,11 +128,21 @@ class System:
 
 
 @dataclass(frozen=True)
+class Schedule:
+    """A role's own course of the learning rate; what is null is as for the other roles."""
+
+    warmup: int | None = None
+    decay: float | None = None
+    shape: Literal["linear", "cosine"] | None = None
+
+
+@dataclass(frozen=True)
 class Rates:
     """Learning rates by role. Every parameter belongs to exactly one role, by regular expressions on its name.
 
     lr: the rate of every role that `by_role` does not name.
-    warmup: optimiser steps of linear warm-up. decay: share of the joint steps, at the end, of linear decay to 0.
+    warmup: optimiser steps of linear warm-up. decay: share of the joint steps, at the end, in which the rate falls to
+    0, by `shape`. schedules: roles with a course of their own.
     """
 
     roles: dict[str, tuple[str, ...]]
@@ -140,16 +151,30 @@ class Rates:
     by_role: dict[str, float | None] = field(default_factory=dict)
     warmup: int = 30
     decay: float = 0.3
+    shape: Literal["linear", "cosine"] = "linear"
     clip: float = 1.0  # global gradient norm
+    schedules: dict[str, Schedule] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A logged metric above or below a bound, at `logs` logs in a row (`log_every` steps apart)."""
+
+    metric: str
+    above: float | None = None
+    below: float | None = None
+    logs: int = 1
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of joint training, up to the optimiser step `until` (exclusive).
+    """A stretch of joint training, up to the optimiser step `until` (exclusive), or earlier: once `when` holds.
 
     shield: level in [0, 1]; the generation gradient through a shield target is scaled by 1 - shield.
     rate: role -> factor on its learning rate. frozen: roles whose gradients are dropped before the optimiser.
     balance: weight of the balance loss in this phase (null: `objective.balance_weight`).
+    mix: weights of the data sets in this phase (null: those of the phase before, at first `mix.weights`). Only a phase
+    that starts at a fixed step may have one, so that the data of every step is known beforehand.
     """
 
     name: str
@@ -158,6 +183,8 @@ class Phase:
     balance: float | None = None
     rate: dict[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    mix: dict[str, float] | None = None
+    when: Condition | None = None
 
 
 @dataclass(frozen=True)
@@ -189,12 +216,44 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Objective:
-    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`.
+class Balance:
+    """How the use of the experts is balanced.
 
-    The balance loss is n * sum_i f_i P_i per router (1 at balance), **averaged** over routers and layers. Code that
-    sums it over L layers uses weights L times smaller for the same pressure; code whose f counts the k choices
-    of a token (sums to k) uses weights k times smaller.
+    The loss is n * sum_i f_i P_i per router, f_i the share of its assignments (they sum to 1), P_i the mean
+    probability: 1 at balance. Code whose f counts the k choices of a token (sums to k) uses weights k times smaller.
+    scope: `router`: the mean over the routers that had tokens; `global`: all tokens as if they had one router.
+    reduction: over the MoE layers. With `mean` the loss is 1 at balance, with `sum` the number of layers.
+    kinds: kind -> weight of its tokens in f and P (1 for a kind that is not named).
+    bias_rate: u of the aux-loss-free balancing (arXiv 2408.15664): after each step `b += u sign(mean load - load)`,
+    per router; experts are chosen by score + b and weighed by the score. 0: none. Needs `model.router.bias`.
+    """
+
+    scope: Literal["router", "global"] = "router"
+    reduction: Literal["mean", "sum"] = "mean"
+    kinds: dict[str, float] = field(default_factory=dict)
+    bias_rate: float = 0.0
+
+
+@dataclass(frozen=True)
+class Surgery:
+    """What is done about gradients of the two tasks (understanding: CE; generation: flow) that conflict.
+
+    maop: after the clip, where a gradient points against Adam's first moment, that part of it is taken out (Rosetta).
+    pcgrad, cagrad, upgrad: the tasks' gradients are combined by torchjd's aggregator of that name in place of their
+    sum; the gradient of balance and z-loss is added as it is.
+    roles: whose parameters are treated (empty: all).
+    """
+
+    method: Literal["none", "maop", "pcgrad", "cagrad", "upgrad"] = "none"
+    roles: tuple[str, ...] = ()
+    cagrad_c: float = 0.5  # 0: the mean of the tasks' gradients; larger: further towards the worse-off task
+
+
+@dataclass(frozen=True)
+class Objective:
+    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`; `Balance` says how the balance
+    loss is normalised.
+
     flow: mean squared error over latents, on the clean data (`x`) or on the velocity.
     time: sigmoid(n), n ~ Normal(time_mean, time_std).
     """
@@ -204,6 +263,7 @@ class Objective:
     ce_weight: float = 1.0
     flow_weight: float = 1.0
     balance_weight: float = 0.01
+    balance: Balance = field(default_factory=Balance)
     z_weight: float = 0.0
     time_mean: float = 0.0
     time_std: float = 1.0
@@ -229,11 +289,20 @@ class Stage0:
 
 @dataclass(frozen=True)
 class Init:
-    """Where joint training starts: a stage-0 parent trained (or cached) by this config, or a checkpoint of one."""
+    """Where joint training starts: a stage-0 parent trained (or cached) by this config, or a checkpoint of one.
+
+    assignment: which experts go to which pool. router: columns sliced from the parent's, or drawn anew.
+    gen_experts: experts of pools that only latents see keep the parent's weights, or are drawn anew.
+    parent_shared: whether the parent has a shared expert (null: if the system has one); true for a system without
+    removes it after stage 0.
+    """
 
     stage0: Stage0 | None = None
     checkpoint: str | None = None
     assignment: Literal["profiled", "random", "contiguous"] = "profiled"
+    router: Literal["sliced", "fresh"] = "sliced"
+    gen_experts: Literal["inherited", "random"] = "inherited"
+    parent_shared: bool | None = None
     profile_micro_batches: int = 4
 
 
@@ -298,6 +367,10 @@ class Config:
     callbacks: dict[str, dict[str, Any] | None]
     logger: dict[str, dict[str, Any] | None]
     run_dir: str
+    surgery: Surgery = field(default_factory=Surgery)
+    compile: Literal["none", "inductor", "aot_eager"] = "none"  # torch.compile of every block, by this backend
+    recompute: bool = False  # activation checkpointing: blocks are computed again in the backward pass
+    probe_samples: int = 16  # samples of the fixed batch that drift and conflicts are measured on
     ablation: Any = None
     metric: str = "knowledge_unreplayed"  # what train.py returns to a sweeper
 

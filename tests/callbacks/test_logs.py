@@ -72,15 +72,17 @@ def test_a_log_event_calls_each_logger_once_per_callback(fit: Any, memory: Any) 
     assert all(isinstance(v, float) for _, metrics in memory.calls for v in metrics.values())
 
 
-def test_routing_is_that_of_the_counts_of_the_window(fit: Any, memory: Any) -> None:
+def test_routing_is_that_of_the_counts_of_the_window_and_capacity_that_of_its_micro_batches(fit: Any, memory: Any) -> None:
     spy = Spy()
     fit([RoutingMonitor(every=2), LRPhases(), spy], steps=2, micro_batches=2, loggers=[memory])
     row = memory.rows()[2]
     counts = sum(o["routing"].counts for o in spy.outputs)
     vae = counts[1, KINDS.index("vae"), 4:]  # the generation pool: the last half of 8 experts
     assert row["routing/layer1/maxvio/vae"] == pytest.approx(float(vae.max() / vae.mean() - 1), rel=1e-5)
-    capacity = float(vae.clamp(max=math.floor(vae.sum() / 4)).sum() / vae.sum())
-    assert row["routing/layer1/capacity@1/vae"] == pytest.approx(capacity, rel=1e-5)
+    each = [o["routing"].counts[1, KINDS.index("vae"), 4:] for o in spy.outputs]
+    rates = [float(n.clamp(max=math.floor(n.sum() / 4)).sum() / n.sum()) for n in each]
+    assert len(rates) == 4
+    assert row["routing/layer1/capacity@1/vae"] == pytest.approx(sum(rates) / 4, rel=1e-5)
     assert row["routing/capacity@1/vae/random"] < 1.0
     assert row["routing/overlap/text-vae"] == pytest.approx(0.0, abs=1e-6)
 

@@ -12,7 +12,7 @@ from symbiotic.convert.split import assign, assign_layer, split_state
 from symbiotic.layout import parent_system, pool_sizes
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.objectives.flow import noised
-from symbiotic.schema import KINDS
+from symbiotic.schema import KINDS, Init, Router
 
 BOTH_KINDS_OF_POOLS = {"und": ("text", "prompt", "vit"), "gen": ("vae",)}
 
@@ -130,3 +130,43 @@ def test_a_dense_layer_stays_dense() -> None:
     assert len(assignment) == 2
     assert child(noised(batch)).routing.counts.shape[0] == 2
     assert receipt(parent, child, assignment, batch)["parameters"]["added"] == 0
+
+
+def test_a_fresh_router_and_random_generation_experts_are_drawn_and_nothing_else_is() -> None:
+    parent, child, assignment, _ = split("symbiotic")
+    plain = split_state(parent.state_dict(), child, assignment, seed=0)
+    for init, changed in ((Init(router="fresh"), ".moe.routers."), (Init(gen_experts="random"), ".moe.pools.gen.")):
+        state = split_state(parent.state_dict(), child, assignment, seed=0, init=init)
+        different = {name for name in state if not torch.equal(state[name], plain[name])}
+        assert different == {name for name in state if changed in name}
+        other = split_state(parent.state_dict(), child, assignment, seed=1, init=init)
+        assert not torch.equal(other[next(iter(different))], state[next(iter(different))])
+
+
+def test_shared_experts_that_the_system_lacks_are_removed_from_the_parent() -> None:
+    model = tiny_model()
+    system = load_system("symbiotic", model, shared={"all": None}, shield={"mode": "none"})
+    assert parent_system(system).shared == {}
+    parent = UnifiedModel(model, parent_system(system, shared=True), latents=False).initialise(0)
+    child = UnifiedModel(model, system)
+    assignment = assign(expert_counts(parent, [random_batch(6, ("lm",))]), model, system, "profiled", seed=0)
+    state = split_state(parent.state_dict(), child, assignment, seed=0)
+    assert any(".moe.shared." in name for name in parent.state_dict())
+    assert not any(".moe.shared." in name for name in state)
+    child.load_state_dict(state)
+
+
+def test_biases_go_where_their_experts_go_and_start_at_zero_without_any() -> None:
+    model = tiny_model(router=Router(top_k=2, bias=True))
+    parent = UnifiedModel(model, parent_system(load_system("symbiotic", model)), latents=False).initialise(0)
+    child = UnifiedModel(model, load_system("symbiotic", model))
+    assignment = assign(torch.rand(3, 4, 8), model, child.system, "random", seed=0)
+    for layer in range(3):
+        parent.state_dict()[f"blocks.{layer}.moe.bias"].copy_(torch.arange(8.0))
+    state = split_state(parent.state_dict(), child, assignment, seed=0)
+    assert state["blocks.1.moe.bias"].tolist() == [*assignment[1]["und"], *assignment[1]["gen"]]
+    without = {name: value for name, value in parent.state_dict().items() if not name.endswith("bias")}
+    assert (
+        split_state(without | {"vit_in.bias": parent.vit_in.bias}, child, assignment, 0)["blocks.1.moe.bias"].tolist()
+        == [0.0] * 8
+    )

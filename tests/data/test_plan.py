@@ -161,3 +161,41 @@ def test_plans_that_cannot_be_are_refused(
 def test_there_is_no_such_micro_batch(index: ShardIndex, data: Data) -> None:
     with pytest.raises(DataError, match="no micro-batch 4 in step 0: a step has 4"):
         DataPlan(index, JOINT, data, 0, None).micro_batch(0, 4)
+
+
+def test_another_mix_from_a_step_on(index: ShardIndex, data: Data) -> None:
+    """Proportions change at the step and nothing before it; each set is still walked to its end before it repeats."""
+    data = replace(data, samples=48)
+    late = {"t2i": 1.0, "lm": 3.0}
+    schedule = [(0, JOINT.weights), (7, late)]
+    plan, plain = (DataPlan(index, JOINT, data, 0, OBJECTIVE, s) for s in (schedule, ()))
+    seen: list[int] = []
+    for step in range(20):
+        for micro in range(data.micro_batches):
+            samples = plan.micro_batch(step, micro).samples
+            found = sets_of(index, samples)
+            if step < 7:
+                assert np.array_equal(samples, plain.micro_batch(step, micro).samples)
+            else:
+                assert (found["t2i"], found["lm"]) == (12, 36)
+                assert set(found) == {"t2i", "lm"}
+            seen += [s for s in samples.tolist() if str(index.sets[index.set[s]]) == "lm"]
+    size = len(index.members_of("lm"))
+    assert len(seen) > size
+    assert len(set(seen[:size])) == size
+    fresh = DataPlan(index, JOINT, data, 0, OBJECTIVE, schedule)  # a resumed run asks for a late step first
+    assert np.array_equal(fresh.micro_batch(15, 1).samples, plan.micro_batch(15, 1).samples)
+    assert fresh.norms(15) == plan.norms(15)
+
+
+def test_a_mix_with_itself_from_a_step_on_changes_proportions_nowhere(index: ShardIndex, data: Data) -> None:
+    data = replace(data, samples=48)
+    plan = DataPlan(index, JOINT, data, 0, OBJECTIVE, [(0, JOINT.weights), (3, JOINT.weights)])
+    for step in range(6):
+        found = sets_of(index, plan.micro_batch(step, 0).samples)
+        assert {found["t2i"], found["t2i_long"]} <= {14, 15}
+
+
+def test_a_set_that_is_not_there_is_refused_in_a_late_mix_too(index: ShardIndex, data: Data) -> None:
+    with pytest.raises(ConfigError, match=r"mix\.weights\.ml: no such data set"):
+        DataPlan(index, JOINT, data, 0, OBJECTIVE, [(0, JOINT.weights), (3, {"ml": 1.0})])

@@ -336,7 +336,8 @@ def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> 
     net, batch = build(name), random_batch(200)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net(noised(batch))
-        (out.logits.float().logsumexp(-1).sum() + out.prediction.float().square().sum() + out.balance).backward()
+        balance = balance_loss(out.routing, net.routers_RM, net.visible_experts)
+        (out.logits.float().logsumexp(-1).sum() + out.prediction.float().square().sum() + balance).backward()
     assert out.routing.tokens.max() > 512  # beyond what bfloat16 can count
     assert torch.equal(out.routing.counts.sum(-1), (2 * out.routing.tokens).expand(len(out.routing.counts), 4))
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from omegaconf import OmegaConf
 
 from factory import SYSTEMS, build
-from symbiotic.schema import ConfigError, Phase, Phases, Rates
-from symbiotic.training.phases import active_phases, lr_factor, phase_at, role_rates, shield_level
+from symbiotic.schema import Condition, ConfigError, Mix, Phase, Phases, Rates, Schedule
+from symbiotic.training.phases import (
+    active_phases,
+    holds,
+    lr_factor,
+    mix_schedule,
+    phase_at,
+    phase_index,
+    role_rates,
+    shield_level,
+)
 from symbiotic.training.roles import assign_roles
 
 PHASES = Phases(
@@ -68,3 +78,56 @@ def test_an_uncovered_or_doubly_covered_parameter_is_named() -> None:
         assign_roles(["a.weight", "b.weight"], {"one": ["^a"]})
     with pytest.raises(ConfigError, match=r"'a\.weight' matches the roles one, two"):
         assign_roles(["a.weight"], {"one": ["^a"], "two": ["weight"]})
+
+
+EARLY = Phases(
+    100,
+    0,
+    1.0,
+    (
+        Phase("a", 20, shield=1.0, when=Condition("train/ce", below=1.0)),
+        Phase("b", 60, shield=0.5, frozen=("und",)),
+        Phase("c", 100, mix={"lm": 1.0}),
+    ),
+)
+
+
+def test_a_transition_ends_a_phase_early_and_moves_no_other() -> None:
+    at = [phase_at(EARLY, s, {0: 7}).name for s in (0, 6, 7, 19, 59, 60, 99, 500)]
+    assert at == ["a", "a", "b", "b", "b", "c", "c", "c"]
+    assert [phase_index(EARLY, s) for s in (6, 7, 19, 20)] == [0, 0, 0, 1]
+    assert shield_level(EARLY, 7, {0: 7}) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("condition", "value", "held"),
+    [
+        (Condition("m", above=0.5), 0.6, True),
+        (Condition("m", above=0.5), 0.5, False),
+        (Condition("m", below=0.5), 0.4, True),
+        (Condition("m", above=0.2, below=0.5), 0.6, False),
+        (Condition("m", above=0.2, below=0.5), 0.3, True),
+        (Condition("m", below=0.5), float("nan"), False),
+    ],
+)
+def test_a_condition_holds_between_its_bounds(condition: Condition, value: float, held: bool) -> None:
+    assert holds(condition, value) == held
+
+
+def test_the_mix_schedule_starts_with_the_mix_and_lists_changes_only() -> None:
+    mix = Mix({"lm": 2.0, "t2i": 1.0})
+    assert mix_schedule(EARLY, mix) == [(0, mix.weights), (60, {"lm": 1.0})]
+    first = Phases(9, 0, 1.0, (Phase("a", 4, mix={"t2i": 1.0}), Phase("b", 9, mix={"t2i": 1.0})))
+    assert mix_schedule(first, mix) == [(0, {"t2i": 1.0})]
+    assert mix_schedule(PHASES, mix) == [(0, mix.weights)]
+
+
+def test_a_role_has_a_course_of_its_own() -> None:
+    own = {"gen": Schedule(warmup=10, decay=0.5, shape="cosine")}
+    rates = Rates({"gen": (), "und": ()}, 1.0, {}, warmup=0, decay=0.2, schedules=own)
+    flat = Phases(100, 0, 1.0, (Phase("all", 100),))
+    at = {s: role_rates(rates, flat, s, ("gen", "und")) for s in (0, 4, 9, 50, 75, 90)}
+    assert [at[s]["gen"] for s in (0, 4, 9, 50)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert at[75]["gen"] == pytest.approx(0.5)  # the middle of the cosine
+    assert at[90]["gen"] == pytest.approx(0.5 - 0.5 * math.cos(math.pi * 0.2))
+    assert [at[s]["und"] for s in (0, 75, 90)] == pytest.approx([1.0, 1.0, 0.5])

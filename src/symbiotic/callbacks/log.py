@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,13 +16,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from symbiotic.callbacks.step import StepCallback, config_of
+from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.schema import KINDS
-from symbiotic.training.phases import phase_at
+from symbiotic.training.phases import phase_index
 
 LOSSES = ("loss", "ce", "flow", "balance", "z")
 
 _latest: WeakKeyDictionary[Trainer, dict[str, float]] = WeakKeyDictionary()
+_logged: WeakKeyDictionary[Trainer, tuple[int, dict[str, float]]] = WeakKeyDictionary()
 
 
 def log_metrics(trainer: Trainer, metrics: Mapping[str, Tensor | float], step: int) -> dict[str, float]:
@@ -35,6 +36,7 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, Tensor | float], step: i
     numbers = {name: float(value) for name, value in metrics.items() if name not in away}
     numbers |= dict(zip(away, host, strict=True))
     _latest.setdefault(trainer, {}).update(numbers)
+    _logged[trainer] = (step, {**(logged_at(trainer, step)), **numbers})
     if trainer.is_global_zero and numbers:
         for logger in trainer.loggers:
             logger.log_metrics(numbers, step=step)
@@ -44,6 +46,12 @@ def log_metrics(trainer: Trainer, metrics: Mapping[str, Tensor | float], step: i
 def latest_metrics(trainer: Trainer) -> dict[str, float]:
     """The newest value of everything that was logged in this fit, for display."""
     return _latest.get(trainer, {})
+
+
+def logged_at(trainer: Trainer, step: int) -> dict[str, float]:
+    """What was logged at exactly this step, on every rank; empty when nothing was."""
+    last, numbers = _logged.get(trainer, (-1, {}))
+    return numbers if last == step else {}
 
 
 class Window:
@@ -96,8 +104,8 @@ class StepLog(StepCallback):
     """Logs, every `every` optimiser steps, under these names:
 
     `train/{loss,ce,flow,balance,z}` (means over the micro-batches since the last log, and over ranks), `grad_norm/ROLE`
-    (of that step, before clipping, frozen roles included), `lr/ROLE`, `phase/shield`, `tokens/KIND` (of an optimiser
-    step, all ranks), `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks).
+    (of that step, before clipping, frozen roles included), `lr/ROLE`, `phase/{shield,index,balance_weight}`,
+    `tokens/KIND` (of an optimiser step, all ranks), `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks).
 
     Reads outputs["loss", ..., "tokens"], the config's phases, and the roles of the optimiser's parameter groups.
     List it before `LRPhases`, which drops the gradients of frozen roles.
@@ -137,7 +145,7 @@ class StepLog(StepCallback):
         out: dict[str, Tensor | float] = {f"train/{n}": sums[n] / micro_batches for n in LOSSES if n in sums}
         out |= {f"grad_norm/{role}": norm for role, norm in self._norms.items()}
         out |= {f"lr/{group['role']}": group["lr"] for group in trainer.optimizers[0].param_groups}
-        out["phase/shield"] = phase_at(config_of(pl_module).phases, trainer.global_step - 1).shield
+        out |= phase_metrics(pl_module, trainer.global_step - 1)
         out |= {f"tokens/{kind}": tokens[m] / self.every for m, kind in enumerate(KINDS)}
         # sums that a resume brought back cover more steps than the clock: scale them to the steps it has seen
         share = steps / self.every
@@ -151,6 +159,17 @@ class StepLog(StepCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.window.load(trainer, checkpoint, "step_log")
+
+
+def phase_metrics(pl_module: LightningModule, step: int) -> dict[str, Tensor | float]:
+    """What held at optimiser step `step` (from 0)."""
+    config, module, phase = config_of(pl_module), cast(Any, pl_module), phase_of(pl_module, step)
+    weight = config.objective.balance_weight if phase.balance is None else phase.balance
+    return {
+        "phase/shield": phase.shield,
+        "phase/index": float(phase_index(config.phases, step, module.transitions)),
+        "phase/balance_weight": weight * module.balance_scale,
+    }
 
 
 def num_samples(batch: Any) -> Tensor:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
-from symbiotic.callbacks.step import config_of
-from symbiotic.training.phases import phase_at, role_rates
+from symbiotic.callbacks.step import config_of, phase_of
+from symbiotic.training.phases import role_rates
 
 
 class LRPhases(Callback):
-    """Sets `lr` of every parameter group by its `role`, before each micro-batch; a function of the step only.
+    """Sets `lr` of every parameter group by its `role`, before each micro-batch; a function of the step and of the
+    transitions of phases.
 
     Frozen roles have their gradients dropped right before the optimiser (and the clipping): with None an optimiser
     leaves a parameter alone, moments and weight decay included, which zeros would not (spec: reliability.md 1.11).
@@ -23,12 +24,13 @@ class LRPhases(Callback):
         config = config_of(pl_module)
         for optimizer in trainer.optimizers:
             roles = [group["role"] for group in optimizer.param_groups]
-            rates = role_rates(config.rates, config.phases, trainer.global_step, roles)
+            transitions = cast(Any, pl_module).transitions
+            rates = role_rates(config.rates, config.phases, trainer.global_step, roles, transitions)
             for group in optimizer.param_groups:
                 group["lr"] = rates[group["role"]]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        frozen = phase_at(config_of(pl_module).phases, trainer.global_step).frozen
+        frozen = phase_of(pl_module, trainer.global_step).frozen
         for group in optimizer.param_groups if frozen else ():
             if group["role"] in frozen:
                 for parameter in group["params"]:

@@ -13,9 +13,8 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from symbiotic.callbacks.log import latest_metrics
-from symbiotic.callbacks.step import StepCallback, config_of
+from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import shield_kinds
-from symbiotic.training.phases import phase_at
 
 SETTLED = 3  # steps before a time is estimated: the first ones allocate, compile and fill caches
 
@@ -70,7 +69,7 @@ class Progress(StepCallback):
 
     def text(self, trainer: Trainer, pl_module: LightningModule) -> str:
         config = config_of(pl_module)
-        level = phase_at(config.phases, trainer.global_step - 1).shield if shield_kinds(config.system) else None
+        level = phase_of(pl_module, trainer.global_step - 1).shield if shield_kinds(config.system) else None
         done = trainer.global_step - self._start - SETTLED
         left = seconds_left(time.perf_counter() - self._clock, done, trainer.max_steps - trainer.global_step)
         return describe(latest_metrics(trainer), level, left)

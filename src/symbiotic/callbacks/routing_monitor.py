@@ -1,26 +1,35 @@
-"""How evenly do the tokens of each kind use the experts, layer by layer?"""
+"""How evenly do the tokens of each kind use the experts, layer by layer, and how far has the routing moved?"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from symbiotic.callbacks.log import Window, log_metrics
-from symbiotic.callbacks.step import StepCallback
-from symbiotic.schema import ConfigError
-from symbiotic.training.routing_metrics import miscount, summarise
+from symbiotic.callbacks.self_checks import Failures, probing
+from symbiotic.callbacks.step import Probing
+from symbiotic.models.batch import Batch
+from symbiotic.models.unified import UnifiedModel
+from symbiotic.objectives.flow import noised
+from symbiotic.schema import KINDS, ConfigError
+from symbiotic.training.routing_metrics import by_layer, capacity_sums, drift, miscount, random_rates, summarise
+
+DRIFTING = ("text", "vit")  # kinds whose routing was trained before joint training
 
 
-class RoutingMonitor(StepCallback):
-    """Sums the step's routing counts and logs `routing_metrics.summarise` of them every `every` optimiser steps.
+class RoutingMonitor(Probing):
+    """Logs `routing_metrics.summarise` of the routing every `every` optimiser steps, and how far it has drifted.
 
-    Training micro-batches only, over all ranks; padding is not in the counts. The capacity rate depends on the number
-    of tokens, so it is of the whole window of `every` steps; so is its random baseline.
+    Training micro-batches only, over all ranks; padding is not in the counts. Capacity rates are of a micro-batch, the
+    atom that depends on neither ranks nor accumulation, averaged over the window; everything else is of the window's
+    counts. `routing/drift/KIND` and `routing/layer{i}/drift/KIND` (text, vit): `routing_metrics.drift` on the probe
+    since the start of the fit; only where a probe was set.
+
+    Tells once when the counts are not k for each token, layer and kind; the tokens are counted from the batch.
     Reads outputs["routing"] (`RoutingStats`), pl_module.model.visible_experts and pl_module.model.cfg.router.top_k.
     per_layer=False leaves the `routing/layer{i}/` entries out.
     """
@@ -29,33 +38,91 @@ class RoutingMonitor(StepCallback):
         if every < 1 or not factors or min(factors) <= 0:
             raise ConfigError(f"callbacks.routing_monitor: every={every} must be at least 1, factors={factors} above 0")
         self.every, self.factors, self.per_layer = every, tuple(factors), per_layer
-        self.window = Window()
+        self.window, self.failures = Window(), Failures()
+        self.reference: dict[str, Tensor] = {}  # kind -> [L, n, E] probabilities at the start
+        self._tokens: list[Tensor] = []  # [M] of each micro-batch whose random baseline is not in the window yet
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.probe is not None and trainer.global_step == 0:
+            self.reference = self.probabilities(trainer, pl_module)
 
     def on_micro_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        stats = outputs["routing"]
-        self.window.add({"counts": stats.counts, "tokens": stats.tokens})
+        counts, tokens = outputs["routing"].counts, num_tokens(batch)
+        model: Any = pl_module.model
+        self.window.add(capacity_sums(counts, tokens, model.visible_experts, self.factors))
+        self._tokens.append(tokens)
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if step % self.every == 0:
-            log_metrics(trainer, self.metrics(trainer, pl_module), step)
+            metrics = self.metrics(trainer, pl_module) | self.drift(trainer, pl_module)
+            log_metrics(trainer, {n: v for n, v in metrics.items() if self.per_layer or "/layer" not in n}, step)
             self.window.clear()
 
-    def metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
-        """The metrics of the window; warns when the counts are not k for each token, layer and kind."""
-        sums = self.window.total(trainer)
-        shape = sums["counts"].shape
-        host = torch.cat([value.reshape(-1) for value in (sums["counts"], sums["tokens"])]).cpu()
-        counts, tokens = host[: shape.numel()].view(shape), host[shape.numel() :]
+    def metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """The metrics of the window."""
         model: Any = pl_module.model
-        top_k = model.cfg.router.top_k
-        problem = miscount(counts, tokens, top_k)
+        self.add_baselines(model)
+        sums = self.window.total(trainer)
+        host = torch.cat([value.reshape(-1) for value in sums.values()]).cpu().split([v.numel() for v in sums.values()])
+        sums = {name: part.view_as(sums[name]) for name, part in zip(sums, host, strict=True)}
+        problem = miscount(sums["counts"], sums["tokens"], model.cfg.router.top_k)
         if problem:
-            rank_zero_warn(problem)
-        metrics = summarise(counts, tokens, model.visible_experts.cpu(), top_k, self.factors)
-        return {name: value for name, value in metrics.items() if self.per_layer or "/layer" not in name}
+            self.failures.tell(trainer, trainer.global_step, "counts", problem)
+        return summarise(sums, model.visible_experts.cpu(), self.factors)
+
+    def add_baselines(self, model: Any) -> None:
+        """Bring the token counts to the host, and the random baselines of the micro-batches into the window.
+
+        One by one, so that it is the same sum wherever a checkpoint was saved in between.
+        """
+        if self._tokens:
+            visible, device = model.visible_experts.cpu(), self._tokens[0].device
+            for tokens in torch.stack(self._tokens).tolist():
+                rates = random_rates(tokens, visible, model.cfg.router.top_k, self.factors)
+                self.window.add({"random": torch.tensor(rates, dtype=torch.float64, device=device)})
+            self._tokens = []
+
+    # ------------------------------------------------------------------ drift
+
+    def drift(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """How far the probe's routing is from that at the start; empty without a probe or without MoE layers."""
+        if self.probe is None or not self.reference:
+            return {}
+        now = self.probabilities(trainer, pl_module)
+        values = {kind: drift(now[kind], self.reference[kind].to(now[kind].device)) for kind in now}
+        return {name: value for kind in now for name, value in by_layer(f"drift/{kind}", values[kind]).items()}
+
+    def probabilities(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
+        """Kind -> [L, n, E] of its n tokens in the probe."""
+        assert self.probe is not None
+        with probing(trainer, pl_module):
+            return probe_probabilities(pl_module.model, self.probe.to(pl_module.device))  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------ state
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.add_baselines(pl_module.model)
         self.window.save(trainer, checkpoint, "routing_monitor")
+        reference = {kind: value.cpu() for kind, value in self.reference.items()}
+        checkpoint["routing_monitor"] = {"reference": reference, "told": list(self.failures.told)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.window.load(trainer, checkpoint, "routing_monitor")
+        state: Mapping[str, Any] = checkpoint.get("routing_monitor", {"reference": {}, "told": []})
+        self.reference, self.failures.told = dict(state["reference"]), list(state["told"])
+
+
+def num_tokens(batch: Batch) -> Tensor:
+    """[M] float64 tokens of each kind, padding left out; without a transfer to the host."""
+    valid = (batch.segment >= 0).reshape(-1).double()
+    return valid.new_zeros(len(KINDS)).index_add_(0, batch.kind.reshape(-1), valid)
+
+
+@torch.no_grad()
+def probe_probabilities(model: UnifiedModel, probe: Batch) -> dict[str, Tensor]:
+    """Kind of `DRIFTING` -> float32 [L, n, E], the router's probabilities of its n tokens (those with any)."""
+    trace = model(noised(probe), trace=True).trace
+    kind_N = torch.where(probe.segment >= 0, probe.kind, -1).reshape(-1)
+    rows = {kind: (kind_N == KINDS.index(kind)).nonzero().squeeze(-1) for kind in DRIFTING} if trace else {}
+    found = {kind: [layer.probs_NE[index].float() for layer in trace] for kind, index in rows.items() if len(index)}
+    return {kind: torch.stack(layers) for kind, layers in found.items()}

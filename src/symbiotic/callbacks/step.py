@@ -6,7 +6,8 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from symbiotic.schema import Config
+from symbiotic.models.batch import Batch
+from symbiotic.schema import Config, Phase
 
 
 class StepCallback(Callback):
@@ -35,6 +36,17 @@ class StepCallback(Callback):
             self.on_step(trainer, pl_module, trainer.global_step)
 
 
+class Probing(StepCallback):
+    """A callback that measures on `probe`, a fixed batch that is set before the fit; the same on every rank."""
+
+    probe: Batch | None = None
+
+
 def config_of(pl_module: LightningModule) -> Config:
     """The config of this fit, `pl_module.config`."""
     return cast(Any, pl_module).config
+
+
+def phase_of(pl_module: LightningModule, step: int) -> Phase:
+    """The phase of optimiser step `step` (from 0), early ends included."""
+    return cast(Any, pl_module).phase(step)

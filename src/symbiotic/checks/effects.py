@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from symbiotic.layout import parameter_names, shared_scopes, shield_kinds
+from symbiotic.layout import kinds_of, parameter_names, shared_scopes, shield_kinds
 from symbiotic.schema import Config, ConfigError
 from symbiotic.training.roles import assign_roles
 
@@ -58,6 +58,33 @@ def _routed(s: Setting, key: str) -> str | None:
     return None if s.config.system.pools else f"system={s.config.system.name} has no routed experts"
 
 
+def _routers(s: Setting, key: str) -> str | None:
+    views = {seen for seen in s.config.system.visible.values() if seen}
+    only = f"system={s.config.system.name} has one router: both are the same"
+    return _routed(s, key) or (only if len(views) < 2 else None)
+
+
+def _gen_pool(s: Setting, key: str) -> str | None:
+    alone = any(kinds_of(s.config.system, f"pools.{pool}") == ("vae",) for pool in s.config.system.pools)
+    return None if alone else f"system={s.config.system.name} has no pool that only latents see"
+
+
+def _bias(s: Setting, key: str) -> str | None:
+    off = "objective.balance.bias_rate is 0: the biases stay 0"
+    return _routed(s, key) or (None if s.config.objective.balance.bias_rate else off)
+
+
+def _surgery(s: Setting, key: str) -> str | None:
+    method, wanted = s.config.surgery.method, "cagrad" if key.endswith("cagrad_c") else None
+    if method == "none" or (wanted and method != wanted):
+        return f"surgery.method is {method}"
+    return None
+
+
+def _parent_shared(s: Setting, key: str) -> str | None:
+    return "the system has a shared expert, so its parent has one" if shared_scopes(s.config.system) else None
+
+
 def _split(s: Setting, key: str) -> str | None:
     if len(s.config.system.pools) > 1:
         return None
@@ -85,7 +112,7 @@ def _generation(s: Setting, key: str) -> str | None:
 def _role(s: Setting, key: str) -> str | None:
     role = key.split(".")[2]
     names = parameter_names(s.config.model, s.config.system)
-    if role not in s.config.rates.by_role:
+    if key.startswith("rates.by_role") and role not in s.config.rates.by_role:
         return None  # set to null: the rate `lr`
     assigned = assign_roles(names, s.config.rates.roles)
     return None if role in assigned.values() else f"system={s.config.system.name} has no parameter of the role {role}"
@@ -104,6 +131,14 @@ RULES: dict[str, Rule] = {
     "objective.balance_weight": _routed,
     "objective.z_weight": _routed,
     "init.stage0.balance_weight": _routed,
+    "model.router.bias": _bias,
+    "objective.balance.*": _routed,
+    "objective.balance.scope": _routers,
+    "surgery.roles": _surgery,
+    "surgery.cagrad_c": _surgery,
+    "init.router": _routed,
+    "init.gen_experts": _gen_pool,
+    "init.parent_shared": _parent_shared,
     "init.assignment": _split,
     "init.profile_micro_batches": _split,
     "model.shared_hidden": _shared,
@@ -114,6 +149,7 @@ RULES: dict[str, Rule] = {
     "objective.time_*": _generation,
     "objective.caption_dropout": _generation,
     "rates.by_role.*": _role,
+    "rates.schedules.*": _role,
 }
 """Pattern of full keys -> rule."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from symbiotic.schema import ConfigError, near_miss
@@ -39,3 +39,13 @@ def share(config: object, prefix: str, names: str) -> None:
 def known(key: str, words: Iterable[str], known: Iterable[str], what: str) -> None:
     for word in words:
         require(word in set(known), key, word, f"no such {what}; {near_miss(word, known)}")
+
+
+def check_weights(key: str, weights: Mapping[str, float], drop: Sequence[str], sets: Sequence[str]) -> None:
+    """A mix: known sets, none negative, something left of them. `key` is that of the weights."""
+    known(key, weights, sets, "set in data.sets")
+    for name, weight in weights.items():
+        require(0 <= weight < float("inf"), f"{key}.{name}", weight, "must not be negative")
+    left = [name for name, weight in weights.items() if weight > 0 and name not in drop]
+    without = f" without {', '.join(drop)}" if drop else ""
+    require(bool(left), key, dict(weights), f"nothing is left of it{without}; some set must have a weight")

@@ -11,10 +11,12 @@ import re
 import tempfile
 from pathlib import Path
 
-from symbiotic.checks.rules import at_least, known, plain, positive, require, share
+from symbiotic.checks.phases import check_phases
+from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
+from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
-from symbiotic.layout import parameter_names, shield_kinds
-from symbiotic.schema import Config, ConfigError, Mix, Phase, Phases, near_miss
+from symbiotic.layout import parameter_names, shared_scopes, shield_kinds
+from symbiotic.schema import KINDS, Config, ConfigError, Mix, near_miss
 from symbiotic.training.roles import assign_roles
 
 METRICS = (
@@ -65,10 +67,11 @@ def check(config: Config) -> None:
     """
     _run(config)
     check_layout(config.model, config.system)
-    _phases(config.phases)
     _callbacks(config)
     _rates(config)
+    check_phases(config)
     _mix("mix", config.mix, config.data.sets)
+    check_surgery(config)
     _objective(config)
     _init(config)
     _data(config)
@@ -79,7 +82,7 @@ def check(config: Config) -> None:
 
 def _run(config: Config) -> None:
     at_least(config, "", 0, "seed")
-    at_least(config, "", 1, "threads log_every save_every")
+    at_least(config, "", 1, "threads log_every save_every probe_samples")
     require(config.seed < 2**32, "seed", config.seed, "must be below 2**32")
     require(bool(re.fullmatch(r"[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
     known("metric", [config.metric], METRICS, "score")
@@ -118,33 +121,12 @@ def _callbacks(config: Config) -> None:
         raise ConfigError("callbacks.lr_phases=null: rates and phases need it; must not be switched off")
     if "gradient_shielding" in missing and shield_kinds(config.system) and any(p.shield for p in config.phases.list):
         raise ConfigError("callbacks.gradient_shielding=null: the shield needs it; set system.shield.mode=none instead")
+    if "balance_bias" in missing and config.objective.balance.bias_rate:
+        raise ConfigError("callbacks.balance_bias=null: objective.balance.bias_rate needs it; set that to 0 instead")
+    if "phase_transitions" in missing and any(phase.when for phase in config.phases.list):
+        raise ConfigError("callbacks.phase_transitions=null: phases that end by a metric need it")
     if "evaluation" in missing and config.evaluation.every:
         raise ConfigError("callbacks.evaluation=null: evaluation.every needs it; set evaluation.every=0 instead")
-
-
-def _phases(phases: Phases) -> None:
-    at_least(phases, "phases.", 1, "steps")
-    at_least(phases, "phases.", 0, "shield_steps")
-    right = f"must be at most phases.steps={phases.steps}"
-    require(phases.shield_steps <= phases.steps, "phases.shield_steps", phases.shield_steps, right)
-    share(phases, "phases.", "release_scale")
-    if not phases.list:
-        raise ConfigError("phases.list=[]: must hold at least one phase with until > 0")
-    before = 0
-    for i, phase in enumerate(phases.list):
-        right = f"must be above {before}, where the phase before ends" if before else "must be positive"
-        require(phase.until > before, f"phases.list[{i}].until", phase.until, right)
-        _phase(f"phases.list[{i}]", phase)
-        before = phase.until
-    right = f"the last phase must end at phases.steps={phases.steps}"
-    require(before == phases.steps, f"phases.list[{len(phases.list) - 1}].until", before, right)
-
-
-def _phase(key: str, phase: Phase) -> None:
-    share(phase, f"{key}.", "shield")
-    require(phase.balance is None or phase.balance >= 0, f"{key}.balance", phase.balance, "must not be negative")
-    for role, factor in phase.rate.items():
-        require(factor >= 0, f"{key}.rate.{role}", factor, "must not be negative")
 
 
 def _rates(config: Config) -> None:
@@ -152,13 +134,15 @@ def _rates(config: Config) -> None:
     positive(rates, "rates.", "lr")
     at_least(rates, "rates.", 0, "warmup clip")
     share(rates, "rates.", "decay")
+    known("rates.schedules", rates.schedules, rates.roles, "role")
+    for role, own in rates.schedules.items():
+        key = f"rates.schedules.{role}."
+        require(own.warmup is None or own.warmup >= 0, f"{key}warmup", own.warmup, "must not be negative")
+        require(own.decay is None or 0 <= own.decay <= 1, f"{key}decay", own.decay, "must lie in [0, 1]")
     known("rates.by_role", rates.by_role, rates.roles, "role")
     for role, rate in rates.by_role.items():
         ok = rate is None or 0 < rate < float("inf")
         require(ok, f"rates.by_role.{role}", rate, "must be positive, or null for rates.lr")
-    for i, phase in enumerate(config.phases.list):
-        known(f"phases.list[{i}].rate", phase.rate, rates.roles, "role")
-        known(f"phases.list[{i}].frozen", phase.frozen, rates.roles, "role")
     require("lr" not in rates.optimizer, "rates.optimizer.lr", rates.optimizer.get("lr"), "set rates.lr in its place")
     for role, patterns in rates.roles.items():
         for pattern in patterns:
@@ -174,12 +158,11 @@ def _compiles(key: str, pattern: str) -> None:
 
 
 def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
-    known(f"{key}.weights", mix.weights, sets, "set in data.sets")
-    for name, weight in mix.weights.items():
-        require(0 <= weight < float("inf"), f"{key}.weights.{name}", weight, "must not be negative")
     known(f"{key}.drop", mix.drop, mix.weights, f"set in {key}.weights")
-    left = [name for name, weight in mix.weights.items() if weight > 0 and name not in mix.drop]
-    require(bool(left), f"{key}.drop", mix.drop, f"nothing is left of {key}.weights; some set must have a weight")
+    everything = set(mix.drop) >= {name for name, weight in mix.weights.items() if weight > 0}
+    right = f"nothing is left of {key}.weights; some set must have a weight"
+    require(not mix.drop or not everything, f"{key}.drop", mix.drop, right)
+    check_weights(f"{key}.weights", mix.weights, mix.drop, sets)
 
 
 def _objective(config: Config) -> None:
@@ -189,8 +172,20 @@ def _objective(config: Config) -> None:
     at_least(objective.sampler, "objective.sampler.", 1, "steps")
     at_least(objective.sampler, "objective.sampler.", 0, "guidance")
     positive(objective.sampler, "objective.sampler.", "time_shift")
+    _balance(config)
     at_least(config.evaluation, "evaluation.", 0, "every")
     at_least(config.evaluation, "evaluation.", 1, "questions readings images batch_size")
+
+
+def _balance(config: Config) -> None:
+    balance, bias = config.objective.balance, config.model.router.bias
+    at_least(balance, "objective.balance.", 0, "bias_rate")
+    known("objective.balance.kinds", balance.kinds, KINDS, "kind of token")
+    for kind, weight in balance.kinds.items():
+        right = "must be a finite number, at least 0"
+        require(0 <= weight < float("inf"), f"objective.balance.kinds.{kind}", weight, right)
+    right = "needs the biases that it changes; set model.router.bias=true"
+    require(not balance.bias_rate or bias, "objective.balance.bias_rate", balance.bias_rate, right)
 
 
 # --------------------------------------------------------------------------- start and data
@@ -199,6 +194,9 @@ def _objective(config: Config) -> None:
 def _init(config: Config) -> None:
     init, stage0 = config.init, config.init.stage0
     at_least(init, "init.", 1, "profile_micro_batches")
+    without = shared_scopes(config.system) and init.parent_shared is False
+    right = f"system={config.system.name} has a shared expert, which starts from the parent's; must be true or null"
+    require(not without, "init.parent_shared", init.parent_shared, right)
     if init.checkpoint is not None:
         require(Path(init.checkpoint).is_file(), "init.checkpoint", init.checkpoint, "no such file")
     elif stage0 is None:

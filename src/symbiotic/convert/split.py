@@ -12,10 +12,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from symbiotic.layout import pool_sizes, router_pools, visible_pools
+from symbiotic.layout import kinds_of, pool_sizes, router_pools, visible_pools
 from symbiotic.models.transformer import initial
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.schema import KINDS, PARENT, Model, System
+from symbiotic.schema import KINDS, PARENT, Init, Model, System
 
 Assignment = list[dict[str, list[int]]]
 """Per MoE layer: pool -> the parent's experts that it stores, in ascending order."""
@@ -79,21 +79,37 @@ def assign(counts_LME: Tensor, model: Model, system: System, method: str, seed: 
 
 
 def split_state(
-    parent: Mapping[str, Tensor], child: UnifiedModel, assignment: Assignment, seed: int
+    parent: Mapping[str, Tensor], child: UnifiedModel, assignment: Assignment, seed: int, init: Init | None = None
 ) -> dict[str, Tensor]:
-    """The child's state: slices and copies of the parent's tensors; latent modules fresh from (seed, name)."""
+    """The child's state: slices and copies of the parent's tensors; latent modules fresh from (seed, name), and so are
+    what `init` wants fresh: routers, or the experts of pools that only latents see. Biases of columns that the parent
+    lacks are zero."""
+    init = init or Init()
     cfg, layers = child.cfg, iter(range(child.cfg.num_layers))
     moe_layers = [i for i in layers if i not in cfg.dense_layers]
     experts = {layer: assignment[n] for n, layer in enumerate(moe_layers)} if assignment else {}
     pools, state = router_pools(child.system), {}
     for name, empty in child.state_dict().items():
-        if name.startswith(LATENT_MODULES) and name not in parent:
+        if (name.startswith(LATENT_MODULES) and name not in parent) or is_fresh(name, child.system, init):
             state[name] = initial(name, empty, seed, cfg.init_std, cfg.num_layers)
+        elif name.endswith(".moe.bias"):
+            layer = int(name.split(".")[1])
+            order = [expert for pool in pools.values() for expert in experts[layer][pool]]
+            state[name] = parent[name][order].clone() if name in parent else torch.zeros_like(empty)
         elif ".moe.pools." in name or ".moe.routers." in name:
             state[name] = _slice(name, parent, pools, experts)
         else:
             state[name] = parent[parent_name(name, child.system)].clone()
     return state
+
+
+def is_fresh(name: str, system: System, init: Init) -> bool:
+    """Whether `init` wants this parameter of the child drawn anew instead of inherited."""
+    parts = name.split(".moe.")[-1].split(".")
+    if parts[0] == "routers":
+        return init.router == "fresh"
+    latents_only = parts[0] == "pools" and kinds_of(system, f"pools.{parts[1]}") == ("vae",)
+    return latents_only and init.gen_experts == "random"
 
 
 def _slice(name: str, parent: Mapping[str, Tensor], pools: Mapping[str, str], experts: Mapping) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -51,6 +53,15 @@ def philox(seed: int, purpose: int, *counter: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, purpose], counter=[*places, *[0] * (4 - len(places))]))
 
 
+class _Stretch(NamedTuple):
+    """Micro-batches with the same proportions."""
+
+    first: int  # its first micro-batch
+    start: Array  # [sets] samples of each set drawn before it
+    slots: Array  # [PERIOD, samples] set number of every place
+    before: Array  # [PERIOD + 1, sets] samples of each set in its first micro-batches
+
+
 class DataPlan:
     """Stratified plan: every micro-batch holds the sets in the proportions of the mix.
 
@@ -59,23 +70,40 @@ class DataPlan:
         mix: weights of the sets, and the sets that are drawn but left out.
         data: `samples`, `micro_batches` and `row_tokens`.
         objective: distribution of the flow times and caption dropout; None (stage 0): time 0, none dropped.
+        schedule: first step and weights of every stretch with other weights (`training.phases.mix_schedule`); by
+            default those of the mix, all along.
 
     Raises:
         ConfigError: an unknown or an empty set, weights that sum to nothing, samples longer than a row, or so few
             samples that a micro-batch is empty.
     """
 
-    def __init__(self, index: ShardIndex, mix: Mix, data: Data, seed: int, objective: Objective | None) -> None:
-        _check(index, mix, data, seed)
+    def __init__(
+        self,
+        index: ShardIndex,
+        mix: Mix,
+        data: Data,
+        seed: int,
+        objective: Objective | None,
+        schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
+    ) -> None:
+        stretches = list(schedule) or [(0, mix.weights)]
+        for _, weights in stretches:
+            drop = tuple(name for name in mix.drop if name in weights or not schedule)
+            _check(index, Mix(dict(weights), drop), data, seed)
         self.index, self.seed, self.objective = index, seed, objective
         self.samples, self.micro_batches, self.row_tokens = data.samples, data.micro_batches, data.row_tokens
         self.repeat_steps = data.repeat_steps
-        self.sets = [name for name, weight in mix.weights.items() if weight > 0]
+        used = {name for _, weights in stretches for name, weight in weights.items() if weight > 0}
+        self.sets = [name for name in dict.fromkeys(n for _, weights in stretches for n in weights) if name in used]
         self.kept = np.array([name not in mix.drop for name in self.sets])
         self._members = [index.members_of(name) for name in self.sets]
-        self._slots = _slots([mix.weights[name] for name in self.sets], data.samples)
-        counts = np.stack([(self._slots == i).sum(1) for i in range(len(self.sets))], axis=1)
-        self._before = np.concatenate([np.zeros((1, len(self.sets)), dtype=np.int64), counts.cumsum(0)])
+        self._stretches: list[_Stretch] = []
+        for first, weights in stretches:
+            start = self._counts_before(first * self.micro_batches)
+            slots = _slots([weights.get(name, 0.0) for name in self.sets], data.samples)
+            before = _cumulated(slots, len(self.sets))
+            self._stretches.append(_Stretch(first * self.micro_batches, start, slots, before))
         self._permutations: OrderedDict[tuple[int, int], Array] = OrderedDict()
         self._drawn: OrderedDict[tuple[int, int], MicroPlan] = OrderedDict()
         _check_rows(self, data)
@@ -125,7 +153,8 @@ class DataPlan:
 
     def _draw(self, step: int, micro: int) -> MicroPlan:
         count = step * self.micro_batches + micro
-        slots = self._slots[count % PERIOD]
+        stretch = self._stretch(count)
+        slots = stretch.slots[(count - stretch.first) % PERIOD]
         position = np.flatnonzero(self.kept[slots])
         samples = self._walk(count, slots)[position]
         dropped, times = self._captions(step, micro)[position], self._times(step, micro)[position]
@@ -138,8 +167,7 @@ class DataPlan:
     def _walk(self, count: int, slots: Array) -> Array:
         """Sample numbers at the slots: each set is walked permutation by permutation, none twice before all once."""
         samples = np.empty(len(slots), dtype=np.int64)
-        periods, inside = divmod(count, PERIOD)
-        start = periods * self._before[-1] + self._before[inside]
+        start = self._counts_before(count)
         for number, members in enumerate(self._members):
             places = np.flatnonzero(slots == number)
             epochs, offsets = np.divmod(int(start[number]) + np.arange(len(places)), len(members))
@@ -147,6 +175,17 @@ class DataPlan:
                 now = epochs == epoch
                 samples[places[now]] = members[self._permutation(number, epoch)[offsets[now]]]
         return samples
+
+    def _stretch(self, count: int) -> _Stretch:
+        return next(s for s in reversed(self._stretches) if s.first <= count)
+
+    def _counts_before(self, count: int) -> Array:
+        """[sets] samples of each set in all micro-batches before number `count`."""
+        stretch = next((s for s in reversed(self._stretches) if s.first < count), None)
+        if stretch is None:
+            return np.zeros(len(self.sets), dtype=np.int64)
+        periods, inside = divmod(count - stretch.first, PERIOD)
+        return stretch.start + periods * stretch.before[-1] + stretch.before[inside]
 
     def _permutation(self, number: int, epoch: int) -> Array:
         key = (number, epoch)
@@ -171,6 +210,11 @@ class DataPlan:
 
     def _counts(self, full: str, reduced: str, samples: Array, dropped: Array) -> Array:
         return np.where(dropped, getattr(self.index, reduced)[samples], getattr(self.index, full)[samples])
+
+
+def _cumulated(slots: Array, num_sets: int) -> Array:
+    counts = np.stack([(slots == i).sum(1) for i in range(num_sets)], axis=1)
+    return np.concatenate([np.zeros((1, num_sets), dtype=np.int64), counts.cumsum(0)])
 
 
 def _slots(weights: list[float], samples: int) -> Array:
@@ -212,5 +256,5 @@ def _check_rows(plan: DataPlan, data: Data) -> None:
             raise ConfigError(
                 f"data.row_tokens={data.row_tokens}: must be at least {longest}, the longest sample of {name}"
             )
-    if not plan.kept[plan._slots].any(axis=1).all():
+    if not all(plan.kept[stretch.slots].any(axis=1).all() for stretch in plan._stretches):
         raise ConfigError(f"data.samples={data.samples}: too few for this mix, some micro-batches would be empty")

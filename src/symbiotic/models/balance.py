@@ -5,28 +5,38 @@ Suffixes as in `routing.py`: L MoE layers, R routers, M kinds, E routed experts,
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from symbiotic.models.routing import RoutingStats
+from symbiotic.schema import KINDS, Balance
 
 
-def balance_loss(stats: RoutingStats, routers_RM: Tensor, visible_ME: Tensor) -> Tensor:
-    """`n_g * sum_i f_i P_i` per router g and layer, averaged over the layers and the routers that had tokens.
+def balance_loss(stats: RoutingStats, routers_RM: Tensor, visible_ME: Tensor, cfg: Balance | None = None) -> Tensor:
+    """`n_g * sum_i f_i P_i` per router g and layer, averaged over the routers that had tokens, and over the layers.
 
     f_i is the share of the router's assignments that expert i got, P_i the mean router probability (Switch,
     arXiv 2101.03961, eq. 4-6, per router as in Symbiotic-MoE). It is 1 when f or P is uniform. Returns [].
+    routers_RM: which kinds share a router. cfg: scope, reduction and weights of the kinds (see `schema.Balance`).
     """
+    cfg = cfg or Balance()
     if stats.counts.shape[0] == 0:
         return stats.probs.sum()
-    counts_LRE = routers_RM @ stats.counts
-    probs_LRE = routers_RM @ stats.probs
-    tokens_R = routers_RM @ stats.tokens
-    experts_R = ((routers_RM @ visible_ME.float()) > 0).sum(-1)
-    share_LRE = counts_LRE / counts_LRE.sum(-1, keepdim=True).clamp(min=1.0)
-    mean_LRE = probs_LRE / tokens_R[:, None].clamp(min=1.0)
+    members_RM = torch.ones_like(routers_RM[:1]) if cfg.scope == "global" else routers_RM
+    experts_R = ((members_RM @ visible_ME.to(members_RM.dtype)) > 0).sum(-1)
+    if cfg.kinds:
+        weights = [cfg.kinds.get(kind, 1.0) for kind in KINDS]
+        members_RM = members_RM * torch.tensor(weights, dtype=members_RM.dtype, device=members_RM.device)
+    counts_LRE = members_RM @ stats.counts
+    probs_LRE = members_RM @ stats.probs
+    tokens_R = members_RM @ stats.tokens
+    smallest = torch.finfo(counts_LRE.dtype).tiny
+    share_LRE = counts_LRE / counts_LRE.sum(-1, keepdim=True).clamp(min=smallest)
+    mean_LRE = probs_LRE / tokens_R[:, None].clamp(min=smallest)
     per_router_LR = experts_R * (share_LRE * mean_LRE).sum(-1)
-    present_R = (tokens_R > 0).float()
-    return (per_router_LR.mean(0) * present_R).sum() / present_R.sum().clamp(min=1.0)
+    present_R = (tokens_R > 0).to(per_router_LR.dtype)
+    per_layer_L = (per_router_LR * present_R).sum(-1) / present_R.sum().clamp(min=1.0)
+    return per_layer_L.mean() if cfg.reduction == "mean" else per_layer_L.sum()
 
 
 def z_loss(logits_NC: Tensor, visible_NC: Tensor | None, valid_N: Tensor) -> Tensor:

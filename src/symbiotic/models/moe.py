@@ -6,6 +6,8 @@ of a pool (or all), C router columns, K of top-k, A = N*K assignments, M kinds.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -14,15 +16,26 @@ from torch.nn import functional as F
 
 from symbiotic.layout import pool_sizes, router_pools, shared_scopes, shield_kinds
 from symbiotic.models.balance import z_loss
-from symbiotic.models.places import Places, scale_gradient
+from symbiotic.models.places import Places, product, scale_gradient
 from symbiotic.models.routing import Columns, columns_to_experts, count_by_kind, route
 from symbiotic.schema import KINDS, Model, System
+
+
+class LayerTrace(NamedTuple):
+    """What one MoE layer did with every token, padding included; for probes and the inspector."""
+
+    probs_NE: Tensor  # the router's probability of every expert
+    experts_NK: Tensor  # the chosen experts, numbered pool after pool
+    gates_NK: Tensor
+    routed_ND: Tensor  # what the routed experts added to the residual stream
+    shared_ND: Tensor  # what the shared experts added
 
 
 class LayerStats(NamedTuple):
     counts_ME: Tensor
     probs_ME: Tensor
     z: Tensor
+    trace: LayerTrace | None = None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -42,12 +55,15 @@ class Experts(nn.Module):
         self.w_in = nn.Parameter(torch.empty(num_experts, width, 2 * hidden))
         self.w_out = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def forward(self, x_AD: Tensor, ends_E: Tensor) -> Tensor:
-        """x_AD sorted by expert; ends_E int32, where each expert's tokens end. An empty pool is still called."""
+    def forward(self, x_AD: Tensor, ends_E: Tensor, weight_scale_A1: Tensor | None = None) -> Tensor:
+        """x_AD sorted by expert; ends_E int32, where each expert's tokens end. An empty pool is still called.
+
+        weight_scale_A1: factor on each row's part in the gradient of the weights (shield mode `weights`).
+        """
         if len(x_AD) == 0:  # the backward of grouped_mm refuses an empty operand; the weights must stay in the graph
             return x_AD + 0.0 * (self.w_in.sum() + self.w_out.sum())
-        hidden = swiglu(F.grouped_mm(x_AD, self.w_in, offs=ends_E))
-        return F.grouped_mm(hidden, self.w_out, offs=ends_E)
+        hidden_AF = swiglu(product(x_AD, self.w_in, weight_scale_A1, ends_E))
+        return product(hidden_AF, self.w_out, weight_scale_A1, ends_E)
 
 
 class SharedExpert(nn.Module):
@@ -59,14 +75,11 @@ class SharedExpert(nn.Module):
         self.w_out = nn.Parameter(torch.empty(hidden, width))
         self.gate = nn.Parameter(torch.empty(width, 1)) if gated else None
 
-    def forward(self, x_ND: Tensor, weight_scale: Tensor | None = None) -> Tensor:
-        """weight_scale: [] factor on the gradient of the weights only (shield mode `weights`)."""
-
-        def weight(w: Tensor) -> Tensor:
-            return w if weight_scale is None else scale_gradient(w, weight_scale)
-
-        y_ND = swiglu(x_ND @ weight(self.w_in)) @ weight(self.w_out)
-        return y_ND if self.gate is None else y_ND * torch.sigmoid(x_ND @ weight(self.gate))
+    def forward(self, x_ND: Tensor, weight_scale_N1: Tensor | None = None) -> Tensor:
+        """weight_scale_N1: factor on each token's part in the gradient of the weights (shield mode `weights`)."""
+        hidden_NF = swiglu(product(x_ND, self.w_in, weight_scale_N1))
+        y_ND = product(hidden_NF, self.w_out, weight_scale_N1)
+        return y_ND if self.gate is None else y_ND * torch.sigmoid(product(x_ND, self.gate, weight_scale_N1))
 
 
 class MoE(nn.Module):
@@ -77,13 +90,15 @@ class MoE(nn.Module):
 
     expert_C: Tensor
     visible_MC: Tensor
+    bias: Tensor | None
+    routed_off = False  # True: as if the routed experts added nothing (see `shared_only`)
 
     def __init__(self, model: Model, system: System, dense: int = 0) -> None:
         super().__init__()
         sizes = {} if dense else pool_sizes(model, system)
         columns = {} if dense else router_pools(system)
         self.cfg, self.num_experts = model.router, sum(sizes.values())
-        self.shield_mode, self.shielded = system.shield.mode, shield_kinds(system)  # component -> kinds
+        self.shield_mode, self.shielded_kinds = system.shield.mode, shield_kinds(system)
         self.pools = nn.ModuleDict({p: Experts(e, model.width, model.expert_hidden) for p, e in sizes.items()})
         self.routers = nn.ParameterDict()
         for name, pool in columns.items():  # one by one: ParameterDict sorts a plain dict, and the order is the layout
@@ -96,11 +111,18 @@ class MoE(nn.Module):
             self.one_to_one, self.all_visible = table.one_to_one, bool(table.visible_MC.all())
             self.register_buffer("expert_C", table.expert_C, persistent=False)
             self.register_buffer("visible_MC", table.visible_MC, persistent=False)
+        self.register_buffer("bias", torch.zeros(len(table.expert_C)) if sizes and model.router.bias else None)
 
     def forward(self, x_ND: Tensor, places: Places) -> tuple[Tensor, LayerStats | None]:
         y_ND, stats = self.routed(x_ND, places) if self.pools else (torch.zeros_like(x_ND), None)
+        if self.routed_off:
+            y_ND = torch.zeros_like(y_ND)
+        routed_ND = y_ND
         for name in self.shared:
             y_ND = self.add_shared(y_ND, x_ND, name, places)
+        if stats is not None and stats.trace is not None:
+            trace = stats.trace._replace(routed_ND=routed_ND, shared_ND=y_ND - routed_ND)
+            stats = stats._replace(trace=trace)
         return y_ND, stats
 
     # ------------------------------------------------------------------ routed experts
@@ -113,15 +135,20 @@ class MoE(nn.Module):
         visible_NC = None if self.all_visible else self.visible_MC[places.kind_N]
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NC = x_ND.float() @ torch.cat(list(self.routers.values()), dim=1).float()
-            gates_NK, columns_NK, probs_NC = route(logits_NC, visible_NC, self.cfg)
+            gates_NK, columns_NK, probs_NC = route(logits_NC, visible_NC, self.cfg, self.bias)
             counts_MC = count_by_kind(columns_NK, places.kinds_NM, logits_NC.shape[1])
             probs_MC = places.kinds_NM.T @ probs_NC
             if not self.one_to_one:
                 counts_MC = columns_to_experts(counts_MC, self.expert_C, self.num_experts)
                 probs_MC = columns_to_experts(probs_MC, self.expert_C, self.num_experts)
             z = z_loss(logits_NC, visible_NC, places.valid_N)
-        y_ND = self.dispatch(x_ND, gates_NK.to(x_ND.dtype), self.expert_C[columns_NK], places)
-        return y_ND, LayerStats(counts_MC, probs_MC, z)
+        experts_NK = self.expert_C[columns_NK]
+        y_ND = self.dispatch(x_ND, gates_NK.to(x_ND.dtype), experts_NK, places)
+        trace = None
+        if places.trace:
+            probs_NE = columns_to_experts(probs_NC, self.expert_C, self.num_experts)
+            trace = LayerTrace(probs_NE, experts_NK, gates_NK, y_ND, y_ND)
+        return y_ND, LayerStats(counts_MC, probs_MC, z, trace)
 
     def dispatch(self, x_ND: Tensor, gates_NK: Tensor, experts_NK: Tensor, places: Places) -> Tensor:
         """Sort the assignments by expert, one grouped product per pool, sum each token's k outputs.
@@ -129,59 +156,66 @@ class MoE(nn.Module):
         Padding sorts behind the last expert and is not computed. The sum runs in the order of the gates, so a
         layout with several pools open to all gives the same bits as one pool.
         """
-        k = experts_NK.shape[1]
         experts_A = experts_NK.masked_fill(~places.valid_N[:, None], self.num_experts).reshape(-1)
-        order_A = experts_A.argsort(stable=True)
-        counts_E = torch.bincount(experts_A, minlength=self.num_experts + 1)
-        ends_E = counts_E.cumsum(0)
-        last = torch.tensor([len(pool.w_in) for pool in self.pools.values()]).cumsum(0) - 1  # type: ignore[arg-type]
-        stops = ends_E[last.to(ends_E.device)].tolist()
-        tokens_A = order_A // k
-        outputs, start, first = [], 0, 0
-        for (name, pool), stop in zip(self.pools.items(), stops, strict=True):
-            after = first + len(pool.w_in)  # type: ignore[arg-type]
-            ends = (ends_E[first:after] - start).int()
-            y = pool(x_ND[tokens_A[start:stop]], ends)
-            outputs.append(self.shielded_rows(y, f"pools.{name}", tokens_A[start:stop], places))
-            start, first = stop, after
-        outputs.append(x_ND.new_zeros(len(order_A) - start, x_ND.shape[1]))
+        sorted_A, order_A = experts_A.sort(stable=True)
+        every_E = torch.arange(self.num_experts, device=sorted_A.device)
+        ends_E = torch.searchsorted(sorted_A, every_E, right=True, out_int32=True)
+        y_AD = self.run_pools(x_ND, order_A // experts_NK.shape[1], ends_E, places)
         place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        y_NKD = torch.cat(outputs)[place_A].view(*experts_NK.shape, -1)
-        return (gates_NK[..., None] * y_NKD).sum(1)
+        return (gates_NK[..., None] * y_AD[place_A].view(*experts_NK.shape, -1)).sum(1)
 
-    # ------------------------------------------------------------------ shared experts and their shield
+    @torch.compiler.disable
+    def run_pools(self, x_ND: Tensor, tokens_A: Tensor, ends_E: Tensor, places: Places) -> Tensor:
+        """[A, D]: what the expert of each assignment makes of its token; zero behind the last expert (padding).
+
+        The one place where the host waits: it cuts the sorted tokens into pools. So it is the one break in the graph of
+        a compiled block, and stays eager.
+        """
+        ends, start, first, outputs = ends_E.tolist(), 0, 0, []
+        for name, pool in self.pools.items():
+            after = first + len(pool.w_in)  # type: ignore[arg-type]
+            rows_a = tokens_A[start : ends[after - 1]]
+            scale_a1 = self.gradient_scale(f"pools.{name}", rows_a, places)
+            outputs.append(self.shielded(pool, scale_a1, x_ND[rows_a], ends_E[first:after] - start))
+            start, first = ends[after - 1], after
+        outputs.append(x_ND.new_zeros(len(tokens_A) - start, x_ND.shape[1]))
+        return torch.cat(outputs)
+
+    # ------------------------------------------------------------------ shared experts, and the shield
 
     def add_shared(self, y_ND: Tensor, x_ND: Tensor, name: str, places: Places) -> Tensor:
         """`y + E_shared(x)` on the tokens of its scope, the gradient of shielded kinds scaled."""
         expert, scope = self.shared[name], self.scopes[name]
-        kinds = self.shielded.get(f"shared.{name}", ())
         if set(scope) == set(KINDS):
-            return y_ND + self.call_shared(expert, x_ND, None, kinds, places)
+            return y_ND + self.shielded(expert, self.gradient_scale(f"shared.{name}", None, places), x_ND)
         index = places.index(scope)
-        added = self.call_shared(expert, x_ND[index], index, kinds, places)
+        added = self.shielded(expert, self.gradient_scale(f"shared.{name}", index, places), x_ND[index])
         return y_ND.index_add(0, index, added.to(y_ND.dtype))
 
-    def call_shared(
-        self, expert: nn.Module, x_ND: Tensor, index: Tensor | None, kinds: tuple[str, ...], places: Places
-    ) -> Tensor:
-        scale_N1 = places.gradient_scale(kinds)
-        if scale_N1 is None:
-            return expert(x_ND)
+    def gradient_scale(self, component: str, rows: Tensor | None, places: Places) -> Tensor | None:
+        """[n, 1] factor on the gradient of these tokens (None: of all) through a component; None: no shield."""
+        scale_N1 = places.gradient_scale(self.shielded_kinds.get(component, ()))
+        return scale_N1 if scale_N1 is None or rows is None else scale_N1[rows]
+
+    def shielded(self, expert: nn.Module, scale_n1: Tensor | None, *inputs: Tensor) -> Tensor:
+        """`expert(*inputs)` with the gradient of each row scaled; mode `weights`: only that of the expert's weights,
+        so that lower layers still learn through its output."""
+        if scale_n1 is None:
+            return expert(*inputs)
         if self.shield_mode == "weights":
-            return self.weights_shielded(expert, x_ND, index, kinds, places)
-        return scale_gradient(expert(x_ND), scale_N1 if index is None else scale_N1[index])
+            return expert(*inputs, scale_n1)
+        return scale_gradient(expert(*inputs), scale_n1)
 
-    def weights_shielded(
-        self, expert: nn.Module, x_ND: Tensor, index: Tensor | None, kinds: tuple[str, ...], places: Places
-    ) -> Tensor:
-        """Tokens of the shielded kinds see weights whose gradient is scaled; the gradient to lower layers passes."""
-        assert places.shield is not None
-        hit_N = places.is_kind(kinds) if index is None else places.is_kind(kinds)[index]
-        hit, rest = hit_N.nonzero().squeeze(-1), (~hit_N).nonzero().squeeze(-1)
-        shielded = expert(x_ND[hit], 1.0 - places.shield)
-        y_ND = shielded.new_zeros(x_ND.shape).index_copy(0, hit, shielded)
-        return y_ND.index_copy(0, rest, expert(x_ND[rest]).to(y_ND.dtype))
 
-    def shielded_rows(self, y_AD: Tensor, component: str, tokens_A: Tensor, places: Places) -> Tensor:
-        scale_N1 = places.gradient_scale(self.shielded.get(component, ()))
-        return y_AD if scale_N1 is None else scale_gradient(y_AD, scale_N1[tokens_A])
+@contextmanager
+def shared_only(model: nn.Module) -> Iterator[None]:
+    """Inside, the routed experts of every MoE layer of `model` add nothing; routing itself goes on as before."""
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    before = [layer.routed_off for layer in layers]
+    try:
+        for layer in layers:
+            layer.routed_off = True
+        yield
+    finally:
+        for layer, off in zip(layers, before, strict=True):
+            layer.routed_off = off

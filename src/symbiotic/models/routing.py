@@ -62,20 +62,45 @@ class Columns:
             self.routers_RM[r, kinds] = 1.0
 
 
-def route(logits_NC: Tensor, visible_NC: Tensor | None, cfg: Router) -> tuple[Tensor, Tensor, Tensor]:
+def route(
+    logits_NC: Tensor, visible_NC: Tensor | None, cfg: Router, bias_C: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gates, chosen columns and probabilities: `p = softmax(x W_g)`, `S = top_k(p)`, `w_i = p_i / sum_S p_j`.
 
-    visible_NC: None where every token sees every column. Returns gates [N, K], columns [N, K], probs [N, C]
-    (rows sum to one over the visible columns, for sigmoid scores too).
+    visible_NC: None where every token sees every column. bias_C: `S = top_k(p + b)`; the gates stay those of p
+    (arXiv 2408.15664). Returns gates [N, K], columns [N, K], probs [N, C] (rows sum to one over the visible columns,
+    for sigmoid scores too).
     """
     if visible_NC is not None:
         logits_NC = logits_NC.masked_fill(~visible_NC, float("-inf"))
     scores_NC = logits_NC.float().softmax(-1) if cfg.score == "softmax" else logits_NC.float().sigmoid()
-    gates_NK, columns_NK = scores_NC.topk(cfg.top_k, dim=-1)
+    if bias_C is None:
+        gates_NK, columns_NK = scores_NC.topk(cfg.top_k, dim=-1)
+    else:
+        chosen_by_NC = scores_NC.detach() + bias_C
+        if visible_NC is not None:
+            chosen_by_NC = chosen_by_NC.masked_fill(~visible_NC, float("-inf"))
+        columns_NK = chosen_by_NC.topk(cfg.top_k, dim=-1).indices
+        gates_NK = scores_NC.gather(1, columns_NK)
     if cfg.normalize:
         gates_NK = gates_NK / gates_NK.sum(-1, keepdim=True)
     probs_NC = scores_NC if cfg.score == "softmax" else scores_NC / scores_NC.sum(-1, keepdim=True)
     return gates_NK * cfg.scale, columns_NK, probs_NC
+
+
+def bias_update(counts_LME: Tensor, columns: Columns, rate: float) -> Tensor:
+    """[L, C]: what aux-loss-free balancing adds to the biases after a step, `u sign(mean load - load)` per router.
+
+    counts_LME: assignments of the step, over all micro-batches and ranks. Where routers share a column, the sign is
+    that of the sum of their differences. Zero for the columns of routers without a token.
+    """
+    difference_LC = counts_LME.new_zeros(len(counts_LME), len(columns.expert_C))
+    for kinds_M in columns.routers_RM.to(counts_LME.device):
+        sees_C = columns.visible_MC.to(counts_LME.device)[int(kinds_M.argmax())]
+        load_LC = torch.einsum("m,lmc->lc", kinds_M.to(counts_LME.dtype), counts_LME[:, :, columns.expert_C])
+        mean_L1 = (load_LC * sees_C).sum(1, keepdim=True) / sees_C.sum().clamp(min=1)
+        difference_LC += (mean_L1 - load_LC) * sees_C
+    return rate * difference_LC.sign()
 
 
 def count_by_kind(columns_NK: Tensor, kinds_NM: Tensor, num_columns: int) -> Tensor:

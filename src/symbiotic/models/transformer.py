@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from symbiotic.layout import shared_scopes
 from symbiotic.models.attention import Attention, by_stream, rope_angles
 from symbiotic.models.moe import LayerStats, MoE
 from symbiotic.models.places import Places
-from symbiotic.schema import Model, System
+from symbiotic.schema import KINDS, Model, System
 
 
 class Block(nn.Module):
@@ -17,6 +19,8 @@ class Block(nn.Module):
     def __init__(self, model: Model, system: System, layer: int) -> None:
         super().__init__()
         self.system = system
+        groups = [*system.streams.values(), *shared_scopes(system).values()]
+        self.gathered = tuple(kinds for kinds in groups if set(kinds) != set(KINDS))  # streams, scopes of some tokens
         self.attention = Attention(model, system)
         self.moe_norm = nn.ModuleDict({s: nn.RMSNorm(model.width, eps=model.norm_eps) for s in system.streams})
         self.moe = MoE(model, system, dense=model.dense_hidden if layer in model.dense_layers else 0)
@@ -33,13 +37,21 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList, x_ND: Tensor, position_N: Tensor, places: Places, model: Model
+    blocks: nn.ModuleList, x_ND: Tensor, position_N: Tensor, places: Places, model: Model, recompute: bool = False
 ) -> tuple[Tensor, list[LayerStats]]:
-    """The stack; returns the last hidden states and what each MoE layer counted (dense layers count nothing)."""
+    """The stack; returns the last hidden states and what each MoE layer counted (dense layers count nothing).
+
+    recompute: keep no activations of a block but its input, and compute it again in the backward pass. What was counted
+    is returned by the first pass only.
+    """
+    places.find(blocks[0].gathered)  # type: ignore[arg-type]
     angles = rope_angles(position_N, model.attention.head_dim, model.attention.rope_theta)
     layers: list[LayerStats] = []
     for block in blocks:
-        x_ND, stats = block(x_ND, places, angles)
+        if recompute and torch.is_grad_enabled():
+            x_ND, stats = checkpoint(block, x_ND, places, angles, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x_ND, stats = block(x_ND, places, angles)
         if stats is not None:
             layers.append(stats)
     return x_ND, layers

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from symbiotic.models.attention import by_stream
-from symbiotic.models.balance import balance_loss
 from symbiotic.models.batch import IGNORE, VIT, Batch
 from symbiotic.models.embeddings import GridEmbedding, TimeEmbedding
-from symbiotic.models.moe import LayerStats
+from symbiotic.models.moe import LayerStats, LayerTrace
 from symbiotic.models.places import Places, latent_rows
 from symbiotic.models.routing import Columns, RoutingStats
 from symbiotic.models.transformer import Block, initial, run_blocks
@@ -28,9 +27,9 @@ class Output:
 
     logits: Tensor  # [n, vocabulary] at the n places asked for, row-major
     prediction: Tensor  # [L, P] of the flow head at the latents
-    balance: Tensor  # [] mean over layers and routers
     z: Tensor  # [] mean over layers
-    routing: RoutingStats
+    routing: RoutingStats  # what the balance loss is made of
+    trace: list[LayerTrace]  # of every MoE layer, where it was asked for
 
 
 class UnifiedModel(nn.Module):
@@ -42,6 +41,7 @@ class UnifiedModel(nn.Module):
 
     visible_experts: Tensor
     routers_RM: Tensor
+    recompute = False  # activation checkpointing of the blocks
 
     def __init__(self, model: Model, system: System, latents: bool = True) -> None:
         super().__init__()
@@ -69,14 +69,18 @@ class UnifiedModel(nn.Module):
             parameter.copy_(initial(name, parameter, seed, self.cfg.init_std, self.cfg.num_layers))
         return self
 
-    def forward(self, batch: Batch, *, shield: Tensor | None = None, logits_at: Tensor | None = None) -> Output:
+    def forward(
+        self, batch: Batch, *, shield: Tensor | None = None, logits_at: Tensor | None = None, trace: bool = False
+    ) -> Output:
         """batch.latents are taken as they are: noised by `objectives.flow.noised`, or the sampler's x_t.
 
         shield: [] level of the gradient shield in [0, 1]. logits_at: [B, T] bool, by default the places with a
-        target.
+        target. trace: keep what every MoE layer did token by token.
         """
-        places = Places(batch, shield)
-        x_ND, layers = run_blocks(self.blocks, self.embedding(batch), batch.position.reshape(-1), places, self.cfg)
+        places, position_N = Places(batch, shield, trace), batch.position.reshape(-1)
+        x_ND, layers = run_blocks(
+            self.blocks, self.embedding(batch), position_N, places, self.cfg, self.recompute and not trace
+        )
         x_ND = by_stream(dict(self.norm.items()), self.system, x_ND, places)
         wanted = (batch.target != IGNORE if logits_at is None else logits_at).reshape(-1)
         hidden = x_ND[wanted]
@@ -84,9 +88,7 @@ class UnifiedModel(nn.Module):
         prediction = self.latent_head(x_ND[latent_rows(batch)]) if self.latents else batch.latents
         stats = self.routing(layers, places)
         z = torch.stack([layer.z for layer in layers]).mean() if layers else x_ND.new_zeros(())
-        with torch.autocast(x_ND.device.type, enabled=False):
-            balance = balance_loss(stats, self.routers_RM.float(), self.visible_experts)
-        return Output(logits, prediction, balance, z, stats)
+        return Output(logits, prediction, z, stats, [layer.trace for layer in layers if layer.trace is not None])
 
     def embedding(self, batch: Batch) -> Tensor:
         """[N, D]: words; read patches with their grid place; latents with grid place and flow time."""
@@ -106,5 +108,5 @@ class UnifiedModel(nn.Module):
         if not layers:
             none = places.tokens_M.new_zeros(0, len(KINDS), 0)
             return RoutingStats(none, none, places.tokens_M)
-        counts, probs = (torch.stack([layer[i] for layer in layers]) for i in (0, 1))
-        return RoutingStats(counts, probs, places.tokens_M)
+        counts = torch.stack([layer.counts_ME for layer in layers])
+        return RoutingStats(counts, torch.stack([layer.probs_ME for layer in layers]), places.tokens_M)

@@ -1,7 +1,8 @@
 """Finished runs side by side: `python -m symbiotic.studies.compare RUNS [--steps 300 450] [--csv results.csv]`.
 
 Runs whose configs differ in the seed only are one arm; an arm is named by what sets it apart from the others. A score
-is the mean over the arm's seeds and their sample standard deviation (none with one seed).
+is the mean over the arm's seeds and their sample standard deviation (none with one seed). An arm in which a collapse
+alarm changed the training is marked.
 Refuses to mix runs of different code or data: their numbers do not compare.
 """
 
@@ -91,8 +92,12 @@ def arms(runs: Sequence[Run]) -> list[Arm]:
     found: dict[str, Arm] = {}
     for run, values in sorted(zip(runs, flats, strict=True), key=lambda pair: pair[0].config["seed"]):
         identity = repr(sorted(values.items(), key=lambda item: item[0]))
-        name = ", ".join(text for key in varying if (text := label(key, values.get(key))))
+        ablations = [f"ablation {name}" for name in run.config.get("ablation") or ()]
+        name = ", ".join([*(text for key in varying if (text := label(key, values.get(key)))), *ablations])
         found.setdefault(identity, Arm(name or run.config["system"]["name"])).runs.append(run)
+    for arm in found.values():
+        if any(run.summary.get("events", {}).get("intervention") for run in arm.runs):
+            arm.name += " (its alarm intervened)"
     return sorted(found.values(), key=lambda arm: arm.name)
 
 

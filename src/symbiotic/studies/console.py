@@ -17,15 +17,15 @@ from rich.table import Table
 from rich.text import Text
 
 from symbiotic.layout import shield_kinds
-from symbiotic.schema import Config
+from symbiotic.schema import Config, Schedule
 from symbiotic.studies.inventory import SHOWN_KINDS, Component
-from symbiotic.training.phases import active_phases, lr_factor, role_rates
+from symbiotic.training.phases import active_phases, bounds, role_factor, role_rates
 
 NONE = "–"
 
 
 def render(*parts: RenderableType, width: int = 120) -> str:
-    """Plain text without colours, for `phases.txt` and `summary.txt`."""
+    """Plain text without colours, for `summary.txt`."""
     file = io.StringIO()
     console = Console(file=file, width=width, color_system=None, legacy_windows=False)
     for part in parts:
@@ -66,10 +66,11 @@ def make_table(
 
 
 def phase_table(config: Config, roles: Sequence[str] | None = None) -> RenderableType:
-    """Steps, shield level, learning rates, balance weight and frozen roles of every phase that runs.
+    """Steps, shield level, learning rates, balance weight, frozen roles and data mix of every phase that runs.
 
     roles: those that the model's parameters really have (default: all of the config). Roles that always share
-    their rate share a column; a rate reads start → peak → end of the phase.
+    their rate share a column; a rate reads start → peak → end of the phase. A phase that may end earlier, by a metric,
+    is marked, and the caption says by which.
     """
     shielded = bool(shield_kinds(config.system))
     groups = rate_groups(config, list(roles or config.rates.roles))
@@ -80,16 +81,26 @@ def phase_table(config: Config, roles: Sequence[str] | None = None) -> Renderabl
         rates = [rate_text(config, group[0], first, until) for group in groups]
         level = f"{phase.shield:g}" if shielded else NONE
         frozen = ", ".join(phase.frozen) or NONE
-        rows.append([phase.name, f"{first}–{until - 1}", level, *rates, f"{balance:g}", frozen])
+        steps = f"{first}–{until - 1}" + ("*" if phase.when else "")
+        rows.append([phase.name, steps, level, *rates, f"{balance:g}", frozen, mix_text(phase.mix)])
         first = until
-    columns = ["phase", "steps", "shield", *(f"rate of {', '.join(g)}" for g in groups), "balance", "frozen"]
+    columns = ["phase", "steps", "shield", *(f"rate of {', '.join(g)}" for g in groups), "balance", "frozen", "mix"]
+    if all(phase.mix is None for phase in config.phases.list):
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    early = [f"{p.name}: as soon as {p.when.metric} {bounds(p.when)}" for p in config.phases.list if p.when]
     title = f"Phases of joint training, system {config.system.name}"
-    return make_table(title, columns, rows, wrap=range(3, 3 + len(groups)))
+    caption = "* or earlier, and the next phase starts then: " + "; ".join(early) if early else None
+    return make_table(title, columns, rows, caption, wrap=range(3, len(columns)))
+
+
+def mix_text(mix: Mapping[str, float] | None) -> str:
+    """`t2i 3 : lm 2`; – where the phase goes on with the mix before it."""
+    return " : ".join(f"{name} {weight:g}" for name, weight in mix.items() if weight) if mix else NONE
 
 
 def rate_groups(config: Config, roles: Sequence[str]) -> list[list[str]]:
     """Roles whose rates agree in every phase, together; in the order of the config."""
-    starts = [0, *(p.until for p in active_phases(config.phases)[:-1])]
+    starts = sorted({0, *(p.until for p in active_phases(config.phases)[:-1]), *range(0, config.phases.steps, 7)})
     groups: dict[tuple[float, ...], list[str]] = {}
     by_start = [role_rates(config.rates, config.phases, step, roles) for step in starts]
     for role in roles:
@@ -100,9 +111,11 @@ def rate_groups(config: Config, roles: Sequence[str]) -> list[list[str]]:
 def rate_text(config: Config, role: str, first: int, until: int) -> str:
     """`1e-05 → 3e-04`: the rate at the first and last step of a phase, and the peak between where it is neither."""
     rates, total = config.rates, config.phases.steps
-    corners = {first, until - 1, rates.warmup - 1, total - round(rates.decay * total)}
+    own = rates.schedules.get(role, Schedule())
+    warmup, decay = (own.warmup or rates.warmup, own.decay or rates.decay)
+    corners = {first, until - 1, warmup - 1, total - round(decay * total)}
     steps = sorted(step for step in corners if first <= step < until)
-    peak = max(steps, key=lambda step: lr_factor(rates.warmup, rates.decay, total, step))
+    peak = max(steps, key=lambda step: role_factor(rates, total, step, role))
     values = [f"{role_rates(rates, config.phases, step, [role])[role]:.1e}" for step in (first, peak, until - 1)]
     kept = [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]
     return " → ".join(kept)

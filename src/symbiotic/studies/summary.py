@@ -5,19 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symbiotic.callbacks.checkpoint import newest_valid
 from symbiotic.callbacks.csv_log import last_values
+from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.evaluation.embedded import Scores
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import PACKAGE, read_json, source_hash, write_json, write_text
-from symbiotic.schema import Config, ConfigError
+from symbiotic.schema import Config, ConfigError, RunError
 from symbiotic.studies import console
+from symbiotic.studies.curves import draw_instruments
 from symbiotic.studies.inventory import inventory
+from symbiotic.studies.timeline import draw_timeline
 
 if TYPE_CHECKING:
     from symbiotic.arc import Arc
@@ -35,7 +39,14 @@ def show_plan(config: Config, model: UnifiedModel, roles: set[str]) -> None:
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     components = inventory(shapes, config.model, config.system)
     parameters = console.parameter_table(components, f"Parameters: {config.system.name}")
-    console.show(console.phase_table(config, [r for r in config.rates.roles if r in roles]), parameters)
+    listed = [role for role in config.rates.roles if role in roles]
+    console.show(console.phase_table(config, listed), parameters)
+    if not config.dry_run:
+        path = Path(config.run_dir) / "phases.png"
+        try:
+            console.show(f"timeline: {draw_timeline(config, listed, path)}")
+        except OSError as error:
+            raise RunError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def show_tokens(tokens: Mapping[str, int], steps: int) -> None:
@@ -102,8 +113,13 @@ def write(arc: Arc, scores: Scores) -> float:
     logged = last_values(folder / "metrics.csv")
     routing = routing_table(logged)
     grids = sorted((folder / "samples").glob("*.png"))
+    heatmaps = sorted((folder / "routing").glob("*.png"))
+    instruments = draw_instruments(folder, folder / "instruments.png")
+    events = read_events(folder)
     paths = {
         "grid": grids[-1] if grids else console.NONE,
+        "routing": heatmaps[-1] if heatmaps else console.NONE,
+        "instruments": instruments or console.NONE,
         "checkpoint": newest_valid(folder / "checkpoints") or console.NONE,
         "model": folder / "model.safetensors",
         "metrics": folder / "metrics.csv" if (folder / "metrics.csv").exists() else console.NONE,
@@ -112,8 +128,10 @@ def write(arc: Arc, scores: Scores) -> float:
     }
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in arc.journal.seconds.items())
     parts = [part for part in (table, routing) if part is not None]
-    console.show(*parts, console.path_list(paths), f"time: {seconds}")
-    write_text(folder / "summary.txt", console.render(*parts, console.path_list(paths), f"time: {seconds}"))
+    record = "\n".join(f"step {event['step']}: {event['text']}" for event in events) or "no event"
+    shown = (*parts, f"record: {record}", console.path_list(paths), f"time: {seconds}")
+    console.show(*shown)
+    write_text(folder / "summary.txt", console.render(*shown))
     value = metric_of(scores, config)
     write_json(
         folder / "summary.json",
@@ -129,6 +147,7 @@ def write(arc: Arc, scores: Scores) -> float:
             "judges": dict(scores.judges),
             "anchors": {"stage 0": arc.stage0_scores, "iteration 0": stages["iteration 0"]},
             "routing": routing_of(logged),
+            "events": dict(Counter(event["kind"] for event in events)),
             "seconds": {name: round(s, 1) for name, s in arc.journal.seconds.items()},
             "provenance": provenance(),
         },

@@ -2,15 +2,17 @@
 
 Shapes: `counts` [..., E] assignments per expert, `visible` [..., E] bool, which experts the tokens may use; leading
 dimensions broadcast. k is the router's top-k, so N tokens make N*k assignments. Invisible experts never count.
-Suffixes: L MoE layers, M kinds of tokens, G groups of kinds, E experts.
+Suffixes: F capacity factors, L MoE layers, M kinds of tokens, G groups of kinds, E experts.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from scipy.special import bdtrc  # (c, n, p) -> P(Binomial(n, p) > c)
 from torch import Tensor
 
 from symbiotic.schema import KINDS
@@ -44,12 +46,13 @@ def capacity_rate(counts: Tensor, visible: Tensor, factor: float = 1.0, c_min: i
     return counts.minimum(limit[..., None]).sum(-1) / total
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def random_capacity_rate(num_tokens: int, top_k: int, num_experts: int, factor: float = 1.0, c_min: int = 1) -> float:
     """The capacity rate to expect when every token picks k of E experts uniformly, without replacement.
 
-    Exact: the load of one expert is then Binomial(N, p = k/E), and expectations add up over experts, so the rate is
-    E[min(X, C)] / (N p) = 1 - E[(X - C)+] / (N p). The sum over the tail runs over 12 standard deviations, in double
-    precision. NaN without tokens.
+    Exact: the load X of one expert is then Binomial(N, p = k/E), and expectations add up over experts, so the rate is
+    E[min(X, C)] / (N p) = 1 - E[(X - C)+] / (N p), where
+    E[(X - C)+] = N p P(Binomial(N - 1, p) >= C) - C P(X > C). NaN without tokens.
     """
     if num_tokens == 0:
         return math.nan
@@ -57,15 +60,10 @@ def random_capacity_rate(num_tokens: int, top_k: int, num_experts: int, factor: 
     limit = max(c_min, math.floor(mean * factor + 1e-9))
     if p >= 1.0:
         return min(1.0, limit / mean)
-    width = 12 * math.sqrt(mean * (1 - p)) + 30
-    low, high = max(limit + 1, math.floor(mean - width)), min(num_tokens, math.ceil(mean + width))
-    if low > high:
+    if limit >= num_tokens:
         return 1.0
-    x = torch.arange(low, high + 1, dtype=torch.float64)
-    n = torch.tensor(float(num_tokens), dtype=torch.float64)
-    choose = torch.lgamma(n + 1) - torch.lgamma(x + 1) - torch.lgamma(n - x + 1)
-    mass = torch.exp(choose + x * math.log(p) + (n - x) * math.log1p(-p))
-    return 1.0 - float(((x - limit) * mass).sum()) / mean
+    over = mean * float(bdtrc(limit - 1, num_tokens - 1, p)) - limit * float(bdtrc(limit, num_tokens, p))
+    return min(1.0, 1.0 - over / mean)
 
 
 def loads(counts: Tensor, visible: Tensor) -> Tensor:
@@ -97,16 +95,24 @@ def max_vio(counts: Tensor, visible: Tensor) -> Tensor:
     return loads(counts, visible).amax(-1) * visible.sum(-1) - 1.0
 
 
-def overlap(counts_a: Tensor, counts_b: Tensor) -> Tensor:
-    """`1 - JS(load_a, load_b)` with logarithms of base 2: 1 for equal loads, 0 for disjoint experts."""
-    everywhere = torch.ones_like(counts_a, dtype=torch.bool)
-    a, b = loads(counts_a, everywhere), loads(counts_b, everywhere)
-    middle = (a + b) / 2
+def js_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """[...]: `H((p + q) / 2) - (H(p) + H(q)) / 2` in bits, of distributions [..., E]: 0 for equal, 1 for disjoint."""
 
     def entropy(p: Tensor) -> Tensor:
         return -torch.xlogy(p, p).sum(-1) / math.log(2)
 
-    return 1.0 - (entropy(middle) - (entropy(a) + entropy(b)) / 2)
+    return entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2
+
+
+def overlap(counts_a: Tensor, counts_b: Tensor) -> Tensor:
+    """`1 - JS(load_a, load_b)` with logarithms of base 2: 1 for equal loads, 0 for disjoint experts."""
+    everywhere = torch.ones_like(counts_a, dtype=torch.bool)
+    return 1.0 - js_divergence(loads(counts_a, everywhere), loads(counts_b, everywhere))
+
+
+def drift(now_LNE: Tensor, reference_LNE: Tensor) -> Tensor:
+    """[L]: mean over tokens of the Jensen-Shannon divergence (bits) of a router's probabilities now and before."""
+    return js_divergence(now_LNE.double(), reference_LNE.double()).mean(-1)
 
 
 def miscount(counts: Tensor, tokens: Tensor, top_k: int) -> str | None:
@@ -121,64 +127,105 @@ def miscount(counts: Tensor, tokens: Tensor, top_k: int) -> str | None:
     )
 
 
-def summarise(
-    counts: Tensor, tokens: Tensor, visible: Tensor, top_k: int, factors: Sequence[float] = (1.0, 1.25)
-) -> dict[str, Tensor]:
+# --------------------------------------------------------------------------- sums over micro-batches
+
+
+@functools.cache
+def _member(device: torch.device) -> Tensor:
+    """[G, M]: 1.0 where a kind belongs to a group."""
+    rows = [[float(m in kinds) for m in range(len(KINDS))] for kinds in GROUPS.values()]
+    return torch.tensor(rows, dtype=torch.float64, device=device)
+
+
+def by_group(counts: Tensor, tokens: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """counts [L, M, E] and visible [M, E] of the kinds -> [L, G, E] and [G, E] of the groups.
+
+    A group sees what those of its kinds see that have tokens [M].
+    """
+    member = _member(counts.device)
+    return member @ counts.double(), (member * (tokens > 0)) @ visible.double() > 0
+
+
+def capacity_sums(counts: Tensor, tokens: Tensor, visible: Tensor, factors: Sequence[float]) -> dict[str, Tensor]:
+    """What one micro-batch adds to a window's sums; on the device of its counts, without a transfer to the host.
+
+    counts [L, M, E], tokens [M], visible [M, E]. Returns counts, tokens, the rates `capacity` [F, L, G] (0 for a group
+    without tokens), and `micro_batches` [G], 1.0 for a group with tokens.
+    """
+    counts_LGE, visible_GE = by_group(counts, tokens, visible)
+    present_G = _member(counts.device) @ tokens.double() > 0
+    rates_FLG = torch.stack([capacity_rate(counts_LGE, visible_GE, factor) for factor in factors])
+    rates_FLG = rates_FLG.where(present_G, 0.0)
+    return {"counts": counts, "tokens": tokens, "capacity": rates_FLG, "micro_batches": present_G.double()}
+
+
+def random_rates(tokens: Sequence[float], visible: Tensor, top_k: int, factors: Sequence[float]) -> list[list[float]]:
+    """[F][G]: `random_capacity_rate` of one micro-batch's tokens [M]: what its capacity rates compare with.
+
+    0 for a group without tokens, NaN where the kinds of a group see different experts. visible [M, E] on the CPU.
+    """
+    sees = [tuple(row) for row in visible.tolist()]
+    columns = []
+    for kinds in GROUPS.values():
+        present = [m for m in kinds if tokens[m] > 0]
+        views = {sees[m] for m in present}
+        number, num_experts = round(sum(tokens[m] for m in present)), sum(next(iter(views), ()))
+        if len(views) == 1:
+            columns.append([random_capacity_rate(number, top_k, num_experts, factor) for factor in factors])
+        else:
+            columns.append([math.nan if views else 0.0] * len(factors))
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def summarise(sums: Mapping[str, Tensor], visible: Tensor, factors: Sequence[float] = (1.0, 1.25)) -> dict[str, float]:
     """All routing metrics of a window of training under stable names; every system logs the same ones.
 
-    counts [L, M, E], tokens [M] and visible [M, E] as in `RoutingStats` and `UnifiedModel.visible_experts`, best on
-    the CPU. For every group g of `GROUPS` that has tokens, as the mean over layers and per layer i:
+    sums: over the micro-batches of the window, of `capacity_sums`, and `random` [F, G] of `random_rates`, best on the
+    CPU; visible [M, E] as in `UnifiedModel.visible_experts`. For every group g of `GROUPS` that has tokens, as the mean
+    over layers and per layer i:
 
         routing/capacity@1/g  routing/capacity@1.25/g  routing/utilisation/g  routing/active/g  routing/dead/g
         routing/maxvio/g      routing/overlap/text-vae and the same under routing/layer{i}/...
 
-    and routing/capacity@1/g/random, the rate of uniform random routing for as many tokens (equal in every layer; left
-    out where the kinds of a group see different experts). Layers are numbered among the MoE layers, from 0.
-    Empty without MoE layers.
+    and routing/capacity@1/g/random, the rate of uniform random routing (equal in every layer; left out where the kinds
+    of a group see different experts). Capacity rates depend on the number of tokens: they and their baseline are means
+    over the micro-batches in which the group had tokens. The others are those of the whole window's counts. Layers are
+    numbered among the MoE layers, from 0. Empty without MoE layers.
     """
+    counts, tokens = sums["counts"].double(), sums["tokens"]
     if not counts.shape[0] or not counts.shape[-1]:
         return {}
-    member = torch.zeros(len(GROUPS), len(KINDS), dtype=torch.float64, device=counts.device)
-    for g, kinds in enumerate(GROUPS.values()):
-        member[g, list(kinds)] = 1.0
-    present = tokens > 0
-    counts_LGE = torch.einsum("gm,lme->lge", member, counts.double())
-    visible_GE = torch.einsum("gm,me->ge", member * present, visible.double()) > 0
+    counts_LGE, visible_GE = by_group(counts, tokens, visible)
     names = {"utilisation": utilisation, "active": active, "dead": dead, "maxvio": max_vio}
-    table = {f"capacity@{f:g}": capacity_rate(counts_LGE, visible_GE, f) for f in factors}
+    mean_FLG = sums["capacity"] / sums["micro_batches"]
+    table = {f"capacity@{factor:g}": rate_LG for factor, rate_LG in zip(factors, mean_FLG, strict=True)}
     table |= {name: function(counts_LGE, visible_GE) for name, function in names.items()}
-    shown = [(g, name) for g, name in enumerate(GROUPS) if bool(present[list(GROUPS[name])].any())]
-    out = _named(table, shown)
-    if bool(present[KINDS.index("text")]) and bool(present[KINDS.index("vae")]):
-        shared_L = overlap(counts[:, KINDS.index("text")], counts[:, KINDS.index("vae")])
-        out |= {"routing/overlap/text-vae": shared_L.mean()}
-        out |= {f"routing/layer{i}/overlap/text-vae": value for i, value in enumerate(shared_L)}
-    return out | _baselines(tokens, visible, top_k, factors, shown)
-
-
-def _named(table: dict[str, Tensor], shown: list[tuple[int, str]]) -> dict[str, Tensor]:
-    """Metric -> [L, G] to one entry per name: means over layers first, then the layers."""
-    pooled = {metric: value.mean(0) for metric, value in table.items()}
-    layers = zip(*(value.unbind() for value in table.values()), strict=True)
-    by_layer = {f"routing/layer{i}": dict(zip(table, rows, strict=True)) for i, rows in enumerate(layers)}
-    out: dict[str, Tensor] = {}
-    for prefix, rows in {"routing": pooled, **by_layer}.items():
-        for metric, row in rows.items():
-            values = row.unbind()
-            out |= {f"{prefix}/{metric}/{name}": values[g] for g, name in shown}
+    out = _named(
+        table, [g for g, number in enumerate((_member(counts.device) @ tokens.double()).tolist()) if number > 0]
+    )
+    text, vae = KINDS.index("text"), KINDS.index("vae")
+    if tokens[text] > 0 and tokens[vae] > 0:
+        out |= by_layer("overlap/text-vae", overlap(counts[:, text], counts[:, vae]))
+    random_FG = (sums["random"] / sums["micro_batches"]).tolist()
+    for factor, row in zip(factors, random_FG, strict=True):
+        known = {name: rate for name, rate in zip(GROUPS, row, strict=True) if not math.isnan(rate)}
+        out |= {f"routing/capacity@{factor:g}/{name}/random": rate for name, rate in known.items()}
     return out
 
 
-def _baselines(
-    tokens: Tensor, visible: Tensor, top_k: int, factors: Sequence[float], shown: list[tuple[int, str]]
-) -> dict[str, Tensor]:
-    out = {}
-    for _, name in shown:
-        kinds = [m for m in GROUPS[name] if tokens[m] > 0]
-        if any(not torch.equal(visible[m], visible[kinds[0]]) for m in kinds):
-            continue
-        num_tokens, num_experts = round(float(tokens[kinds].sum())), int(visible[kinds[0]].sum())
-        for f in factors:
-            rate = random_capacity_rate(num_tokens, top_k, num_experts, f)
-            out[f"routing/capacity@{f:g}/{name}/random"] = torch.tensor(rate, dtype=torch.float64)
+def by_layer(metric: str, values_L: Tensor) -> dict[str, float]:
+    """One metric's values per layer, and their mean, under its names."""
+    rows = {f"routing/layer{i}/{metric}": value for i, value in enumerate(values_L.tolist())}
+    return {f"routing/{metric}": float(values_L.mean()), **rows}
+
+
+def _named(table: Mapping[str, Tensor], shown: Sequence[int]) -> dict[str, float]:
+    """Metric -> [L, G] to one entry per name, of the groups `shown`: means over layers first, then the layers."""
+    groups = list(GROUPS)
+    pooled = {metric: value.mean(0).tolist() for metric, value in table.items()}
+    out = {f"routing/{metric}/{groups[g]}": row[g] for metric, row in pooled.items() for g in shown}
+    layers = {metric: value.tolist() for metric, value in table.items()}
+    for i in range(len(next(iter(table.values())))):
+        prefix = f"routing/layer{i}"
+        out |= {f"{prefix}/{metric}/{groups[g]}": rows[i][g] for metric, rows in layers.items() for g in shown}
     return out

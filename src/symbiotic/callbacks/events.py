@@ -1,0 +1,53 @@
+"""The run record: what happened to a run beside its metrics, one JSON object a line in `events.jsonl`.
+
+Phases that ended early, alarms and what they did, self-checks that failed. An event has a step, a kind and a text.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+EVENTS = "events.jsonl"
+
+Event = dict[str, Any]
+
+
+def record_event(trainer: Trainer, step: int, kind: str, text: str, **data: Any) -> None:
+    """Add an event to the record of the run (rank 0) and print its text. `step` counts finished optimiser steps.
+
+    kind: `phase`, `alarm`, `intervention` or `self_check`. data: plain values.
+    """
+    if not trainer.is_global_zero:
+        return
+    path = Path(trainer.default_root_dir) / EVENTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "kind": kind, "text": text, **data}) + "\n")
+    print(f"step {step}: {text}", flush=True)
+
+
+def read_events(folder: Path | str) -> list[Event]:
+    """The events of a run folder, oldest first; a line that a kill cut off is left out."""
+    path = Path(folder) / EVENTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events
+
+
+def rewind_events(folder: Path | str, step: int) -> None:
+    """Forget what happened after `step`, before a run goes on from there; makes an empty record where there is none."""
+    path = Path(folder) / EVENTS
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept = [event for event in read_events(folder) if event["step"] <= step]
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
+    temporary.replace(path)

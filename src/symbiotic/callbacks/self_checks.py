@@ -1,0 +1,168 @@
+"""Do the losses that training works with agree with a second computation of them?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from symbiotic.callbacks.events import record_event
+from symbiotic.callbacks.step import Probing, config_of, phase_of
+from symbiotic.layout import experts_seen, pool_sizes, visible_pools
+from symbiotic.models.batch import IGNORE, Batch
+from symbiotic.models.routing import RoutingStats
+from symbiotic.objectives.flow import noised
+from symbiotic.objectives.total import loss_terms, term_weights
+from symbiotic.schema import KINDS, Balance, ConfigError, Model, System
+
+TOLERANCE = 1e-4  # relative: float32 sums over the tokens of a micro-batch
+
+
+class Failures:
+    """Tells of each failed check once in a run: a warning, and an event in the run record.
+
+    `told` belongs into checkpoints, so that a resumed run tells nothing twice.
+    """
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def tell(self, trainer: Trainer, step: int, check: str, text: str) -> None:
+        if check not in self.told:
+            self.told.append(check)
+            rank_zero_warn(text)
+            record_event(trainer, step, "self_check", text, check=check)
+
+
+class SelfChecks(Probing):
+    """Warns once, and writes to the run record, when
+
+    - the balance loss that a step returned is not the one that its counts and probabilities make (`recount_balance`,
+      every `every` optimiser steps, on the last micro-batch of each rank), or
+    - before the first step, a loss term with a weight has no gradient on any parameter, on the probe batch
+      (`without_gradient`; not where parameters are sharded).
+
+    That counts add up to k assignments a token is checked by `RoutingMonitor`, on what it logs.
+    """
+
+    def __init__(self, every: int = 10) -> None:
+        if every < 1:
+            raise ConfigError(f"callbacks.self_checks.every={every}: must be at least 1")
+        self.every, self.failures = every, Failures()
+        self._last: tuple[Tensor, RoutingStats] | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        model = cast(nn.Module, pl_module.model)
+        if trainer.global_step or self.probe is None or any(isinstance(p, DTensor) for p in model.parameters()):
+            return
+        config = config_of(pl_module)
+        weights = term_weights(config.objective, phase_of(pl_module, 0).balance)
+        possible = possible_terms(self.probe, config.model, config.system, config.objective.balance)
+        batch = self.probe.to(pl_module.device)
+        with probing(trainer, pl_module), torch.enable_grad():
+            terms = loss_terms(cast(Any, model), model(noised(batch)), batch, config.objective)
+            dead = without_gradient({t: terms[t] for t in possible if weights[t] > 0}, list(model.parameters()))
+        for term in dead:
+            text = f"loss term {term} has weight {weights[term]:g} and no gradient on any parameter, on the probe batch"
+            self.failures.tell(trainer, 0, f"gradient/{term}", text)
+
+    def on_micro_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        self._last = outputs["balance"], outputs["routing"]
+
+    def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
+        if step % self.every or self._last is None:
+            return
+        config, (returned, stats) = config_of(pl_module), self._last
+        recount = recount_balance(stats, config.model, config.system, config.objective.balance)
+        pair = torch.stack([returned.detach().double(), returned.new_tensor(recount, dtype=torch.float64)])
+        pairs = cast(Tensor, pl_module.all_gather(pair)).reshape(-1, 2).tolist()
+        wrong = [pair for pair in pairs if not abs(pair[0] - pair[1]) <= TOLERANCE * max(abs(pair[1]), 1e-12)]
+        if wrong:
+            text = "balance loss: the step returned {:.6g}, its counts and probabilities make {:.6g}".format(*wrong[0])
+            self.failures.tell(trainer, step, "balance", text)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"told": list(self.failures.told)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.failures.told = list(state_dict["told"])
+
+
+@contextmanager
+def probing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
+    """For a forward of a probe: the precision of training, and no compiled block is compiled again for its shapes."""
+    with trainer.precision_plugin.forward_context():
+        if config_of(pl_module).compile == "none":
+            yield
+        else:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+
+
+def recount_balance(stats: RoutingStats, model: Model, system: System, cfg: Balance) -> float:
+    """The balance loss by its definition, in double precision, router by router; nothing shared with `models.balance`.
+
+    Per layer and router: n times the sum over its experts of (share of the assignments) x (mean probability), over the
+    tokens of the kinds that use the router, weighed by kind.
+    """
+    counts, probs, tokens = (value.detach().cpu().double() for value in (stats.counts, stats.probs, stats.tokens))
+    sizes, pools = pool_sizes(model, system), visible_pools(system)
+    routers: dict[Any, list[str]] = {}
+    for kind in KINDS if len(counts) else ():
+        routers.setdefault("one" if cfg.scope == "global" else frozenset(system.visible[kind]), []).append(kind)
+    layers = []
+    for counts_ME, probs_ME in zip(counts, probs, strict=True):
+        values = []
+        for kinds in routers.values():
+            weights = {KINDS.index(kind): cfg.kinds.get(kind, 1.0) for kind in kinds}
+            number = float(sum(w * tokens[m] for m, w in weights.items()))
+            if number > 0:
+                assigned = torch.stack([w * counts_ME[m] for m, w in weights.items()]).sum(0)
+                mean = torch.stack([w * probs_ME[m] for m, w in weights.items()]).sum(0) / number
+                num_experts = sum(sizes[pool] for pool in {pool for kind in kinds for pool in pools[kind]})
+                values.append(num_experts * float((assigned / assigned.sum()) @ mean))
+        layers.append(sum(values) / max(1, len(values)))
+    return sum(layers) / (max(1, len(layers)) if cfg.reduction == "mean" else 1)
+
+
+def possible_terms(batch: Batch, model: Model, system: System, balance: Balance) -> list[str]:
+    """The loss terms that can have a gradient on this batch.
+
+    CE needs targets, flow latents, both router losses routed experts. Where a router's tokens choose all of the experts
+    that they see, the load is even whatever the router says: no gradient of the balance loss.
+    """
+    routed = bool(system.pools) and len(model.dense_layers) < model.num_layers
+    valid = batch.segment >= 0
+    choice = [
+        kind
+        for m, kind in enumerate(KINDS)
+        if routed
+        and experts_seen(model, system)[kind] > model.router.top_k
+        and balance.kinds.get(kind, 1.0) > 0
+        and bool(((batch.kind == m) & valid).any())
+    ]
+    found = {
+        "ce": bool((batch.target != IGNORE).any()),
+        "flow": len(batch.latents) > 0,
+        "balance": bool(choice),
+        "z": routed,
+    }
+    return [term for term, possible in found.items() if possible]
+
+
+def without_gradient(terms: dict[str, Tensor], parameters: Sequence[Tensor]) -> list[str]:
+    """The terms whose gradient is zero on every parameter. Leaves `.grad` alone."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    dead = []
+    for name, term in terms.items():
+        graph = term.requires_grad
+        grads = torch.autograd.grad(term, trained, retain_graph=True, allow_unused=True) if graph else ()
+        if not any(grad is not None and bool((grad != 0).any()) for grad in grads):
+            dead.append(name)
+    return dead

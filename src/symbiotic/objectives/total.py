@@ -1,0 +1,38 @@
+"""The terms of the training loss, and what each is weighed with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from symbiotic.models.balance import balance_loss
+from symbiotic.models.batch import Batch
+from symbiotic.models.unified import Output, UnifiedModel
+from symbiotic.objectives.flow import flow_loss
+from symbiotic.objectives.text import ce_loss
+from symbiotic.schema import Objective
+
+TASK_TERMS = {"understanding": "ce", "generation": "flow"}
+"""Task -> the term that is its loss. The CE of captions is a text loss (Symbiotic-MoE)."""
+
+
+def loss_terms(model: UnifiedModel, out: Output, batch: Batch, objective: Objective) -> dict[str, Tensor]:
+    """`ce`, `flow`, `balance` and `z`, each [] and unweighted.
+
+    The normalisers of CE and flow are those of the whole optimiser step, so that the mean over micro-batches, however
+    they are shared out, is the loss of the step.
+    """
+    with torch.autocast(out.z.device.type, enabled=False):
+        balance = balance_loss(out.routing, model.routers_RM.float(), model.visible_experts, objective.balance)
+    return {
+        "ce": ce_loss(out.logits, batch) / batch.ce_norm,
+        "flow": flow_loss(out.prediction, batch, objective.prediction) / batch.flow_norm,
+        "balance": balance,
+        "z": out.z,
+    }
+
+
+def term_weights(objective: Objective, balance: float | None = None) -> dict[str, float]:
+    """Weight of every term; `balance` replaces `objective.balance_weight`."""
+    weight = objective.balance_weight if balance is None else balance
+    return {"ce": objective.ce_weight, "flow": objective.flow_weight, "balance": weight, "z": objective.z_weight}

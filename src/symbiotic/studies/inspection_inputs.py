@@ -1,0 +1,170 @@
+"""What the router inspector starts from: the files of a run, and the sequence that its model is run on.
+
+The sequence is that of training and evaluation (`data/formats.py`), one sample in one row, so there is no padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import yaml
+
+from symbiotic.config import instantiate
+from symbiotic.data.errors import DataError
+from symbiotic.data.formats import question_parts, reading_parts
+from symbiotic.data.packing import Array, Sample, build_sample
+from symbiotic.data.tokenizer import UNK, Tokenizer
+from symbiotic.evaluation.benchmark import measuring
+from symbiotic.evaluation.captions import read_captions
+from symbiotic.evaluation.ocrbench import load_image
+from symbiotic.evaluation.prompts import caption_samples, one_a_row, pictures
+from symbiotic.generation.images import start_noise
+from symbiotic.models.batch import VAE, VIT, Batch
+from symbiotic.models.unified import UnifiedModel
+from symbiotic.objectives.flow import noised
+from symbiotic.runs import load_state
+from symbiotic.schema import KINDS, Config, ConfigError, RunError, parse
+
+if TYPE_CHECKING:
+    from symbiotic.studies.inspection import Request
+
+PATCH = 4  # pixels a side, as in `data.packing`
+AGAIN = "the run's own command writes it again"
+
+
+@dataclass(frozen=True)
+class Token:
+    """grid: row and column of a patch in its image; None for words."""
+
+    place: int
+    word: str
+    kind: str
+    grid: tuple[int, int] | None
+
+
+# --------------------------------------------------------------------------- what lies in the run folder
+
+
+def read_config(run: Path) -> Config:
+    """Raises RunError: not readable, or of other code."""
+    path = run / "config.yaml"
+    try:
+        return parse(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+        raise RunError(f"{path}: not the config of a run of this code ({' '.join(str(error).split())})") from error
+
+
+def weights_file(run: Path, checkpoint: str | None = None, step: int | None = None) -> Path:
+    """The file asked for; by default what the run ended with, else its newest checkpoint, else a parent.
+
+    Raises:
+        RunError: it is not there.
+    """
+    if checkpoint is not None or step == 0:
+        path = Path(checkpoint) if checkpoint is not None else run / "init.safetensors"
+        if path.is_file():
+            return path
+        raise RunError(f"{path}: no such file; {AGAIN}" if step == 0 else f"{path}: no such checkpoint")
+    if step is None and (run / "model.safetensors").is_file():
+        return run / "model.safetensors"
+    from symbiotic.callbacks.checkpoint import checkpoint_path, checkpoints, newest_valid, step_of  # Lightning: seconds
+
+    folder = run / "checkpoints"
+    if step is not None:
+        path = checkpoint_path(folder, step)
+        if path.is_file():
+            return path
+        kept = ", ".join(str(step_of(found)) for found in checkpoints(folder)) or "none"
+        raise RunError(f"{path}: no such checkpoint; steps that were kept: {kept}, and 0")
+    newest = newest_valid(folder) or run / "parent.safetensors"
+    if newest.is_file():
+        return newest
+    raise RunError(f"{run / 'model.safetensors'}: no such file, and no checkpoint either; {AGAIN}")
+
+
+def corpus_folder(config: Config, data: str | None) -> Path:
+    """The corpus that the run was trained on; it is found, never written.
+
+    Raises:
+        RunError: it is not there.
+    """
+    source = instantiate({**config.data.source, **({"folder": data} if data else {})}, "data.source")
+    path = Path(source.path)
+    if not (path / "tokenizer.json").is_file():
+        raise RunError(f"{path / 'tokenizer.json'}: no such file; {AGAIN}, or data=FOLDER says where the corpus lies")
+    return path
+
+
+def load_model(config: Config, path: Path, device: str) -> UnifiedModel:
+    """Raises RunError (a file that does not fit the config), ConfigError (no such device)."""
+    state = load_state(path)
+    model = UnifiedModel(config.model, config.system, latents="latent_head.weight" in state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split("\n")[1:2]).strip()
+        raise RunError(f"{path}: not weights of the model in config.yaml ({first or error})") from error
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}") from error
+
+
+# --------------------------------------------------------------------------- the sequence
+
+
+def fitting(path: str, max_grid: int) -> Array:
+    """The pixels of an image that the model can take: uint8 [H, W, 3].
+
+    Raises:
+        DataError: unreadable, or of a size that it cannot take.
+    """
+    pixels = load_image(path)
+    height, width = pixels.shape[:2]
+    if height % PATCH or width % PATCH or max(height, width) > PATCH * max_grid:
+        right = f"sides must be multiples of {PATCH} and at most {PATCH * max_grid} pixels (model.max_grid={max_grid})"
+        raise DataError(f"{path}: {height} x {width} pixels; {right}")
+    return pixels
+
+
+def reading_sample(prompt: str, pixels: Array | None, tokenizer: Tokenizer) -> Sample:
+    if pixels is None:
+        return build_sample("prompt", "lm", question_parts(prompt, tokenizer))
+    return build_sample("prompt", "mmu", reading_parts(pixels, prompt, tokenizer))
+
+
+def generation_batch(request: Request, pixels: Array, tokenizer: Tokenizer) -> Batch:
+    """The caption and x_t: the image `pixels` mixed with the noise of `seed`, at flow time `time`."""
+    samples = caption_samples([request.prompt], pixels.shape[:2], tokenizer, pixels[None])
+    noise = start_noise(request.seed, [0], *samples[0].latents.shape)
+    return noised(one_a_row(samples, [request.time], list(noise.numpy())))
+
+
+def drawn(model: UnifiedModel, request: Request, config: Config, corpus: Path, tokenizer: Tokenizer) -> Array:
+    """The image that the model draws from the prompt, in the size of the corpus's images."""
+    _, images = read_captions(corpus / "benchmarks" / "generation", 1, [])
+    size = (images.shape[1], images.shape[2])
+    with measuring(model):
+        made = pictures(model, [request.prompt], tokenizer, config.objective, size=size, seed=request.seed)
+    return made[0].numpy()
+
+
+def tokens_of(batch: Batch, tokenizer: Tokenizer) -> list[Token]:
+    grids = {VIT: iter(batch.vit_grid.tolist()), VAE: iter(batch.latent_grid.tolist())}
+    found = []
+    for place, (kind, number) in enumerate(zip(batch.kind[0].tolist(), batch.tokens[0].tolist(), strict=True)):
+        if kind in grids:
+            row, column = next(grids[kind])
+            found.append(Token(place, f"patch {row},{column}", KINDS[kind], (row, column)))
+        else:
+            found.append(Token(place, str(tokenizer.inner.id_to_token(number)), KINDS[kind], None))
+    return found
+
+
+def unknown_words(prompt: str, tokenizer: Tokenizer) -> list[str]:
+    """Words of the prompt that the corpus does not have."""
+    encoded = tokenizer.inner.encode(prompt, add_special_tokens=False)
+    spans = zip(encoded.ids, encoded.offsets, strict=True)
+    return list(dict.fromkeys(prompt[start:end] for number, (start, end) in spans if number == UNK))
