@@ -61,9 +61,9 @@ def joined(batches: Sequence[Batch]) -> Batch:
     return dataclasses.replace(batches[0], **fields)
 
 
-def forward(model: Any, batch: Batch, value: float | None = 1.0) -> Output:
+def forward(model: Any, batch: Batch, value: float | Tensor | None = 1.0) -> Output:
     """The training forward at a level of the shield; None: no shield at all."""
-    return model(noised(batch), shield=None if value is None else level(value))
+    return model(noised(batch), shield=level(value) if isinstance(value, float) else value)
 
 
 def weighed(model: UnifiedModel, out: Output, batch: Batch, weights: Mapping[str, float]) -> Tensor:
@@ -77,7 +77,7 @@ WHOLE = {"ce": 1.0, "flow": 1.0, "balance": 0.01, "z": 0.001}
 
 
 def gradients(
-    model: UnifiedModel, batch: Batch, value: float | None = 1.0, weights: Mapping[str, float] = GENERATION
+    model: UnifiedModel, batch: Batch, value: float | Tensor | None = 1.0, weights: Mapping[str, float] = GENERATION
 ) -> Gradients:
     """Gradient of every parameter; every parameter must have one."""
     model.zero_grad(set_to_none=True)

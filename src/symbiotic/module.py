@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 from symbiotic.layout import shield_kinds
 from symbiotic.models.batch import Batch
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import noised
-from symbiotic.objectives.total import TASK_TERMS, loss_terms, term_weights
+from symbiotic.objectives.total import TASK_TERMS, term_weights, training_terms
 from symbiotic.schema import Config, Phase
 from symbiotic.training.phases import phase_at
 from symbiotic.training.roles import assign_roles, role_lr
@@ -38,6 +37,7 @@ class SymbioticModule(lightning.LightningModule):
     """
 
     model: UnifiedModel
+    shield: Tensor
 
     def __init__(
         self,
@@ -76,9 +76,7 @@ class SymbioticModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The loss of one micro-batch, its terms, and the routing."""
-        batch = noised(batch)
-        out = self.model(batch, shield=self.shield)
-        terms = loss_terms(self.model, out, batch, self.config.objective)
+        out, terms = training_terms(self.model, batch, self.config.objective, self.shield)
         weights = term_weights(self.config.objective, self.phase(self.global_step).balance)
         weights["balance"] *= self.balance_scale
         weighted = {name: weights[name] * term for name, term in terms.items()}
@@ -114,6 +112,7 @@ class SymbioticModule(lightning.LightningModule):
         )
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """With surgery between the tasks, two more passes: the gradient of each task by itself."""
         if self.tasks is not None:
             self.tasks.add(self.trainer.accumulate_grad_batches)
         super().backward(loss, *args, **kwargs)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.multiprocessing.spawn import ProcessRaisedException
 
 from factory import load_system, tiny_model
 from symbiotic.callbacks.checkpoint import StepCheckpoint, checkpoint_path, checkpoints, newest_valid
@@ -308,6 +309,17 @@ def test_two_ranks_decide_the_same_and_stay_equal(fit: Any, tmp_path: Path, acti
     events = [[(e["step"], e["text"]) for e in read_events(tmp_path / str(n))] for n in (1, 2)]
     assert events[0] == events[1]
     assert interventions(tmp_path / "2")
+
+
+def test_two_ranks_stop_together_behind_one_checkpoint(fit: Any) -> None:
+    folder = fit.run_dir / "checkpoints"
+    callbacks = parts(CollapseAlarm(patience=2, action="stop"), StepCheckpoint(str(folder), every=100))
+    with pytest.raises(
+        ProcessRaisedException, match=r"\nsymbiotic\.schema\.RunError: routing collapse at step 2: text"
+    ):
+        fit(callbacks, steps=4, micro_batches=2, devices=2)
+    assert [path.name for path in checkpoints(folder)] == ["step=000002.ckpt"]
+    assert len(interventions(fit.run_dir)) == 1
 
 
 # --------------------------------------------------------------------------- refusals

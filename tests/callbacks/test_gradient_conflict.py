@@ -48,7 +48,7 @@ def parts(*callbacks: Callback) -> list[Callback]:
 
 
 def rows(memory: Any) -> dict[int, dict[str, float]]:
-    """Step -> metrics; empty where nothing but a speed was logged."""
+    """Step -> metrics without speeds; the logger is emptied."""
     found = memory.rows()
     memory.calls.clear()
     return found
@@ -72,7 +72,7 @@ def test_values_are_those_of_plain_backward_passes(fit: Any, memory: Any) -> Non
     for task, shield in (("ce", 1.0), ("flow", 1.0), ("free", 0.0)):
         model.zero_grad()
         out = model(noised(PROBE), shield=torch.tensor(shield))
-        terms = loss_terms(model, out, noised(PROBE), objective)
+        terms = loss_terms(model, out, PROBE, objective)
         (2.0 * terms["ce"] if task == "ce" else 0.5 * terms["flow"]).backward()
         grads[task] = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
     und = [n for n in grads["ce"] if ".moe." in n and ".gen" not in n]

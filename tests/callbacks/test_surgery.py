@@ -69,7 +69,7 @@ def by_hand(fit: Any, batch: Batch) -> tuple[Any, dict[str, State]]:
     _, module = fit([], steps=1, rates=dataclasses.replace(fit.config().rates, lr=0.0, by_role={}))
     model = module.model
     parameters, objective = dict(model.named_parameters()), Objective()
-    terms = loss_terms(model, model(noised(batch), shield=torch.zeros(())), noised(batch), objective)
+    terms = loss_terms(model, model(noised(batch), shield=torch.zeros(())), batch, objective)
     weights, found = term_weights(objective), {}
     for name, term in terms.items():
         loss, wanted = weights[name] * term, list(parameters.values())

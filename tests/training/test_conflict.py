@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from factory import SYSTEMS, build, level, load_system, random_batch, tiny_model
 from symbiotic.layout import parameter_names, shield_kinds
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import noised
-from symbiotic.objectives.total import loss_terms
+from symbiotic.objectives.total import training_terms
 from symbiotic.schema import Objective
 from symbiotic.training.conflict import (
     leaks,
@@ -99,10 +98,10 @@ def leak(mode: str, shield: float, batch: Any = None, **changes: Any) -> dict[st
     built = UnifiedModel(model, system).initialise(0)
     parameters = dict(built.named_parameters())
     layers = shielded_layers(parameters, model, system)
-    batch = noised(random_batch() if batch is None else batch)
+    batch = random_batch() if batch is None else batch
 
     def arrives(shield: Tensor | None) -> list[float]:
-        flow = loss_terms(built, built(batch, shield=shield), batch, Objective())["flow"]
+        flow = training_terms(built, batch, Objective(), shield)[1]["flow"]
         wanted = {name: parameters[name] for name in layers}
         return squares(task_gradients({"generation": flow}, wanted)["generation"], layers).tolist()
 
@@ -134,8 +133,7 @@ def test_a_partial_shield_leaks_its_rest_in_the_last_layer(mode: str) -> None:
 def test_understanding_does_not_reach_the_generation_pool() -> None:
     """No text of these batches reads a latent: exact zeros, so that such a role has no cosine."""
     model = build("symbiotic")
-    batch = noised(random_batch())
-    terms = loss_terms(model, model(batch), batch, Objective())
+    _, terms = training_terms(model, random_batch(), Objective())
     parameters = dict(model.named_parameters())
     grads = task_gradients({"ce": terms["ce"], "flow": terms["flow"]}, parameters)
     pools = [name for name in parameters if ".pools.gen." in name]

@@ -102,11 +102,10 @@ class CollapseAlarm(StepCallback):
             raise ConfigError(f"{KEY}: needs callbacks.routing_monitor, listed before it, with {needs}")
         config = config_of(pl_module)
         if self.action == "rebalance" and not _balanced(config):
-            right = "one of the two must be above 0"
-            raise ConfigError(
-                f"{KEY}.action=rebalance: has nothing to raise, as objective.balance_weight="
-                f"{config.objective.balance_weight:g} in every phase and objective.balance.bias_rate=0; {right}"
+            zero = (
+                "objective.balance_weight (or a phase's balance) is 0 in every phase, objective.balance.bias_rate too"
             )
+            raise ConfigError(f"{KEY}.action=rebalance: has nothing to raise, {zero}; one of the two must be above 0")
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.end(trainer)
@@ -142,7 +141,7 @@ class CollapseAlarm(StepCallback):
         if not found:
             return
         found = trainer.strategy.broadcast(found)
-        for kind in {kind: None for (_, kind), reading in found.items() if math.isnan(reading.evenness)}:
+        for kind in dict.fromkeys(kind for (_, kind), reading in found.items() if math.isnan(reading.evenness)):
             nothing = "they have no random baseline above total collapse to be compared with"
             self.tell(trainer, step, f"no collapse alarm for {kind} tokens: {nothing}")
         evenness = {place: r.evenness for place, r in found.items() if not math.isnan(r.evenness)}

@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 from symbiotic.callbacks.log import log_metrics
 from symbiotic.callbacks.step import Probing, config_of
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import noised
-from symbiotic.objectives.total import TASK_TERMS, loss_terms, term_weights
+from symbiotic.objectives.total import TASK_TERMS, term_weights, training_terms
 from symbiotic.schema import ConfigError
 from symbiotic.training.conflict import leaks, products, role_conflicts, shielded_layers, squares, task_gradients
 
@@ -28,9 +27,9 @@ class GradientConflict(Probing):
 
     Logs `conflict/ROLE/{und,gen,ratio,cosine,opposed}` (see `role_conflicts`; the losses weighed as in training) and,
     where the system has shield targets, `leak/{all,layer0,…}` (see `leaks`): the norm of the generation gradient on
-    their weights at the level of this step, relative to no shield. At level 1 it is 0 in the last layer and, under
-    `strict`, everywhere; under `output` and `weights` some reaches lower layers through attention to other tokens, more
-    so under `weights`, which lets it pass through the shared experts themselves. At level 0 it is 1 by definition.
+    their weights at the level of this step, relative to no shield. At level 0 it is 1 by definition. At level 1 it is 0
+    in the last layer and, under `strict`, everywhere; under `output` and `weights` some reaches lower layers through
+    attention to other tokens, a little more under `weights`, which lets it pass through the shared experts themselves.
 
     One forward and two backward passes on the probe, and one of each more for the leak; room for two more gradients.
     Nothing of the training is touched: the passes go around `.grad`, DDP and torch.compile, and keep no count.
@@ -55,7 +54,7 @@ class GradientConflict(Probing):
             raise ConfigError(f"callbacks.gradient_conflict: {where}; set callbacks.gradient_conflict=null")
         if self.probe is None:
             raise RuntimeError("GradientConflict.probe was not set before the fit")
-        self._batch = noised(self.probe.to(pl_module.device))
+        self._batch = self.probe.to(pl_module.device)
         self._clock = time.perf_counter()
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -98,7 +97,7 @@ class GradientConflict(Probing):
         model, config = cast(UnifiedModel, pl_module.model), config_of(pl_module)
         eager = nullcontext() if config.compile == "none" else torch.compiler.set_stance("force_eager")
         with torch.enable_grad(), trainer.precision_plugin.train_step_context(), eager:
-            terms = loss_terms(model, model(self._batch, shield=shield), self._batch, config.objective)
+            _, terms = training_terms(model, self._batch, config.objective, shield)
         weights = term_weights(config.objective)
         return {task: weights[term] * terms[term] for task, term in TASK_TERMS.items()}
 

@@ -116,10 +116,14 @@ class StepLog(StepCallback):
         self.window = Window()
         self._norms: dict[str, Tensor] = {}
         self._steps = 0
-        self._clock = 0.0
+        self._clock: float | None = None  # None: starts with the next micro-batch, behind what others do at a log
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._clock, self._steps = time.perf_counter(), trainer.global_step
+        self._clock, self._steps = None, trainer.global_step
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._clock = time.perf_counter() if self._clock is None else self._clock
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % self.every == 0:
@@ -135,13 +139,13 @@ class StepLog(StepCallback):
         if step % self.every == 0:
             log_metrics(trainer, self.metrics(trainer, pl_module), step)
             self.window.clear()
-            self._clock, self._steps = time.perf_counter(), step
+            self._clock, self._steps = None, step
 
     def metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor | float]:
         sums = self.window.total(trainer)
         micro_batches, tokens = sums["micro_batches"], sums["tokens"]
         steps = max(1, trainer.global_step - self._steps)
-        seconds = max(time.perf_counter() - self._clock, 1e-9)
+        seconds = max(time.perf_counter() - (self._clock or 0.0), 1e-9)
         out: dict[str, Tensor | float] = {f"train/{n}": sums[n] / micro_batches for n in LOSSES if n in sums}
         out |= {f"grad_norm/{role}": norm for role, norm in self._norms.items()}
         out |= {f"lr/{group['role']}": group["lr"] for group in trainer.optimizers[0].param_groups}

@@ -23,12 +23,12 @@ TOP = 4.0  # end of the colour scale: so many times an even share; fixed, so tha
 
 
 class RoutingHeatmap(StepCallback):
-    """Writes `routing/step=NNNNNN.png` in the run folder, every `every` steps and at the last one, and when training
-    stops early.
+    """Writes `routing/step=NNNNNN.png` in the run folder, every `every` steps (0: never), at the last one, and when
+    training stops early.
 
     Colour: an expert's share of the assignments of a kind, times the number of experts that the kind may use, since the
-    figure before, over all ranks; 1 is balance. Beside it `step=NNNNNN.npz` with counts [L, M, E], tokens [M], the kinds
-    and `steps` [first, last]. every=0: only at the end. A TensorBoard logger gets the picture too.
+    figure before, over all ranks; 1 is balance. Beside it `step=NNNNNN.npz` with counts [L, M, E], tokens [M], the
+    names of the kinds, and `steps` [first, last]. A TensorBoard logger gets the picture too.
     Reads outputs["routing"], pl_module.model.visible_experts and trainer.default_root_dir; nothing without MoE layers.
     """
 
@@ -89,7 +89,7 @@ def save_counts(path: Path, **arrays: np.ndarray) -> Path:
 # --------------------------------------------------------------------------- the picture, in inches
 
 
-LEFT, RIGHT, HEAD, GAP, FOOT = 0.75, 1.15, 0.75, 0.45, 0.55
+LEFT, RIGHT, HEAD, GAP, FOOT = 0.75, 1.1, 0.85, 0.35, 0.55
 
 
 def draw_heatmap(
@@ -101,58 +101,62 @@ def draw_heatmap(
     Experts that a kind may not use are hatched.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
 
     kinds = [m for m in range(len(KINDS)) if tokens[m] > 0]
     num_layers, _, num_experts = counts.shape
-    width, height = min(max(0.36 * num_experts, 5.0), 14.0), min(max(0.26 * num_layers, 0.5), 4.0)
-    total = HEAD + len(kinds) * (height + GAP) - GAP + FOOT
-    figure = Figure(figsize=(LEFT + width + RIGHT, total), dpi=110)
+    width, gaps = min(max(0.36 * num_experts, 5.0), 14.0), (len(kinds) - 1) * GAP
+    height = max(min(max(0.26 * num_layers, 0.5), 4.0), (2.4 - gaps) / len(kinds))
+    across, stack = LEFT + width + RIGHT, len(kinds) * height + gaps
+    total = HEAD + stack + FOOT
+    figure = Figure(figsize=(across, total), dpi=110)
     canvas = FigureCanvasAgg(figure)
-    boxes = [(LEFT, total - HEAD - (i + 1) * height - i * GAP, width, height) for i in range(len(kinds))]
-
-    def add_axes(left: float, bottom: float, wide: float, high: float) -> Any:
-        across = LEFT + width + RIGHT
-        return figure.add_axes((left / across, bottom / total, wide / across, high / total))
-
-    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=TOP)
     relative = loads(torch.from_numpy(counts), torch.from_numpy(visible)).numpy() * visible.sum(-1)[:, None]
-    for m, box in zip(kinds, boxes, strict=True):
-        axis = add_axes(*box)
-        image = axis.imshow(relative[:, m], norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
-        _panel(axis, visible[m], pools, f"{KINDS[m]}, {tokens[m]:,.0f} tokens")
+    for i, m in enumerate(kinds):
+        bottom = FOOT + stack - (i + 1) * height - i * GAP
+        axis = figure.add_axes((LEFT / across, bottom / total, width / across, height / total))
+        image = _panel(axis, relative[:, m], visible[m], pools)
+        axis.set_title(f"{KINDS[m]}, {tokens[m]:,.0f} tokens", loc="left", fontsize=9, pad=3)
         axis.tick_params(labelbottom=m == kinds[-1])
-    axis.set_xlabel("expert")
-    bar = figure.colorbar(image, cax=add_axes(LEFT + width + 0.2, FOOT, 0.16, total - HEAD - FOOT), extend="max")
+        if not i:
+            _name_pools(axis, pools)
+    axis.set_xlabel("expert (hatched: not for this kind)")
+    bar_axis = figure.add_axes(((LEFT + width + 0.2) / across, FOOT / total, 0.16 / across, stack / total))
+    bar = figure.colorbar(image, cax=bar_axis, extend="max", extendfrac=0.03)
     bar.set_ticks([0, 0.5, 1, 2, 3, TOP], labels=["0", "0.5", "1", "2", "3", f"{TOP:g}"])
     bar.set_label("load / even share (1: balanced)")
-    figure.text(LEFT / (LEFT + width + RIGHT), 1 - 0.12 / total, title, va="top", fontsize=11)
+    figure.text(LEFT / across, 1 - 0.12 / total, title, va="top", fontsize=11)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
-def _panel(axis: Any, visible: np.ndarray, pools: Mapping[str, int], title: str) -> None:
-    """Ticks, the borders and names of the pools, and hatches over experts that are out of sight."""
+def _panel(axis: Any, relative: np.ndarray, visible: np.ndarray, pools: Mapping[str, int]) -> Any:
+    """The picture of one kind, relative loads [L, E], with borders of pools and hatches over experts out of sight."""
+    from matplotlib.colors import TwoSlopeNorm
     from matplotlib.patches import Rectangle
     from matplotlib.ticker import MaxNLocator
 
-    num_layers = round(axis.get_ylim()[0] + 0.5)
+    norm = TwoSlopeNorm(vmin=0.0, vcenter=1.0, vmax=TOP)
+    image = axis.imshow(relative, norm=norm, cmap="RdBu_r", aspect="auto", interpolation="nearest")
     for first, last in _runs(~visible):
-        style = {"facecolor": "0.93", "edgecolor": "0.75", "linewidth": 0.0, "hatch": "///"}
-        axis.add_patch(Rectangle((first - 0.5, -0.5), last - first, num_layers, **style))
-    start = 0
-    for name, size in pools.items():
-        if start:
-            axis.axvline(start - 0.5, color="black", linewidth=1.2)
-        middle = start + size / 2 - 0.5
-        axis.annotate(f"pool {name}", (middle, 1.0), (0, 2), xycoords=("data", "axes fraction"),
-                      textcoords="offset points", ha="center", va="bottom", fontsize=8, color="0.35")  # fmt: skip
-        start += size
-    axis.set_title(title, loc="left", fontsize=9)
+        place = (first - 0.5, -0.5), last - first, len(relative)
+        axis.add_patch(Rectangle(*place, facecolor="0.93", edgecolor="0.75", linewidth=0.0, hatch="///"))
+    for border in np.cumsum(list(pools.values()))[:-1]:
+        axis.axvline(border - 0.5, color="black", linewidth=1.2)
     axis.set_ylabel("MoE layer")
     axis.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    return image
+
+
+def _name_pools(axis: Any, pools: Mapping[str, int]) -> None:
+    """A row above the title of the first panel."""
+    ends = np.cumsum(list(pools.values()))
+    middles = [end - size / 2 - 0.5 for end, size in zip(ends, pools.values(), strict=True)]
+    style = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "fontsize": 9, "color": "0.35"}
+    for name, middle in zip(pools, middles, strict=True):
+        axis.annotate(name, (middle, 1.0), (0, 18), ha="center", va="bottom", **style)
+    axis.annotate("pools:", (-0.5, 1.0), (-6, 18), ha="right", va="bottom", **style)
 
 
 def _runs(wanted: np.ndarray) -> Iterator[tuple[int, int]]:

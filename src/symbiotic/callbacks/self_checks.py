@@ -17,8 +17,7 @@ from symbiotic.callbacks.step import Probing, config_of, phase_of
 from symbiotic.layout import experts_seen, pool_sizes, visible_pools
 from symbiotic.models.batch import IGNORE, Batch
 from symbiotic.models.routing import RoutingStats
-from symbiotic.objectives.flow import noised
-from symbiotic.objectives.total import loss_terms, term_weights
+from symbiotic.objectives.total import term_weights, training_terms
 from symbiotic.schema import KINDS, Balance, ConfigError, Model, System
 
 TOLERANCE = 1e-4  # relative: float32 sums over the tokens of a micro-batch
@@ -66,7 +65,7 @@ class SelfChecks(Probing):
         possible = possible_terms(self.probe, config.model, config.system, config.objective.balance)
         batch = self.probe.to(pl_module.device)
         with probing(trainer, pl_module), torch.enable_grad():
-            terms = loss_terms(cast(Any, model), model(noised(batch)), batch, config.objective)
+            _, terms = training_terms(cast(Any, model), batch, config.objective)
             dead = without_gradient({t: terms[t] for t in possible if weights[t] > 0}, list(model.parameters()))
         for term in dead:
             text = f"loss term {term} has weight {weights[term]:g} and no gradient on any parameter, on the probe batch"

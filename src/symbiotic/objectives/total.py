@@ -8,7 +8,7 @@ from torch import Tensor
 from symbiotic.models.balance import balance_loss
 from symbiotic.models.batch import Batch
 from symbiotic.models.unified import Output, UnifiedModel
-from symbiotic.objectives.flow import flow_loss
+from symbiotic.objectives.flow import flow_loss, noised
 from symbiotic.objectives.text import ce_loss
 from symbiotic.schema import Objective
 
@@ -16,8 +16,16 @@ TASK_TERMS = {"understanding": "ce", "generation": "flow"}
 """Task -> the term that is its loss. The CE of captions is a text loss (Symbiotic-MoE)."""
 
 
+def training_terms(
+    model: UnifiedModel, batch: Batch, objective: Objective, shield: Tensor | None = None
+) -> tuple[Output, dict[str, Tensor]]:
+    """The training forward of a batch as the loader gives it (its latents clean), and the terms of its loss."""
+    out = model(noised(batch), shield=shield)
+    return out, loss_terms(model, out, batch, objective)
+
+
 def loss_terms(model: UnifiedModel, out: Output, batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    """`ce`, `flow`, `balance` and `z`, each [] and unweighted.
+    """`ce`, `flow`, `balance` and `z`, each [] and unweighted. The latents of `batch` are clean: they are the target.
 
     The normalisers of CE and flow are those of the whole optimiser step, so that the mean over micro-batches, however
     they are shared out, is the loss of the step.

@@ -9,6 +9,7 @@ from typing import Any
 
 from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.callbacks.events import Event, read_events
+from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 
 Series = tuple[list[int], list[float]]
 """Steps and values of a metric."""
@@ -23,15 +24,17 @@ def draw_instruments(folder: Path, path: Path) -> Path | None:
     """
     from matplotlib.figure import Figure
 
-    series = read_series(folder / "metrics.csv")
+    series = read_series(folder / "metrics.csv") | read_score_series(folder / SCORES)
     panels = [(title, chosen) for title, pick in PANELS.items() if (chosen := pick(series))]
     if not panels:
         return None
     figure = Figure(figsize=(11, 2.1 * -(-len(panels) // 2) + 0.6), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).reshape(-1)
     events = [event for event in read_events(folder) if event["kind"] in ("phase", "alarm", "intervention")]
+    last = max(step for _, chosen in panels for steps, _ in chosen.values() for step in steps)
     for axis, (title, chosen) in zip(axes, panels, strict=False):
         _panel(axis, title, chosen, events)
+        axis.set_xlim(-0.02 * last, 1.02 * last)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(folder.name)
@@ -53,15 +56,27 @@ def read_series(path: Path) -> dict[str, Series]:
     return series
 
 
+def read_score_series(path: Path) -> dict[str, Series]:
+    """`eval/SCORE` -> steps and values of a scores.jsonl, which has the first and the last step too."""
+    series: dict[str, Series] = {}
+    for step, scores in sorted(read_scores(path).items()):
+        for name, value in scores.items():
+            if value is not None:
+                steps, values = series.setdefault(f"eval/{name}", ([], []))
+                steps.append(step)
+                values.append(value)
+    return series
+
+
 def _panel(axis: Any, title: str, chosen: Mapping[str, Series], events: Sequence[Event]) -> None:
     for label, (steps, values) in chosen.items():
         if label.endswith("by chance"):
             axis.plot(steps, values, color=axis.lines[-1].get_color(), linestyle=":", linewidth=1)
         else:
-            axis.plot(steps, values, label=label, marker="." if len(steps) < 20 else None)
+            axis.plot(steps, values, label=label, marker="." if len(steps) < 20 else None, markersize=4)
     for event in events:
         axis.axvline(event["step"], color="grey" if event["kind"] == "phase" else "red", linewidth=0.8, linestyle="--")
-    if min(v for _, values in chosen.values() for v in values) > 0 and title.startswith("loss"):
+    if title == "losses" and min(v for _, values in chosen.values() for v in values) > 0:
         axis.set_yscale("log")
     axis.set_title(title, fontsize=9, loc="left")
     axis.tick_params(labelsize=8)
@@ -85,10 +100,11 @@ def _capacity(series: Mapping[str, Series]) -> dict[str, Series]:
 
 
 def _by_pattern(pattern: str) -> Any:
-    """Metrics whose name matches; the label is the first group."""
+    """Metrics whose name matches; the label is the first group, a kind of token by its name."""
 
     def pick(series: Mapping[str, Series]) -> dict[str, Series]:
-        return {found[1]: value for name, value in series.items() if (found := re.fullmatch(pattern, name))}
+        found = {match[1]: value for name, value in series.items() if (match := re.fullmatch(pattern, name))}
+        return {KIND_NAMES.get(label, label): value for label, value in found.items()}
 
     return pick
 

@@ -93,11 +93,8 @@ def trace(request: Request) -> Inspection:
     batch, picture = sequence(request, config, model, corpus, tokenizer)
     layers, dense = traced(model, batch.to(request.device))
     if request.against is not None:
-        other = (
-            inputs.weights_file(run, None, 0)
-            if request.against == "init"
-            else inputs.weights_file(run, request.against)
-        )
+        path, step = (None, 0) if request.against == "init" else (request.against, None)
+        other = inputs.weights_file(run, path, step)
         layers = compared(layers, traced(inputs.load_model(config, other, request.device), batch.to(request.device))[0])
     sizes = pool_sizes(config.model, config.system)
     names = [f"{pool}{i}" for pool, size in sizes.items() for i in range(size)]

@@ -2,7 +2,7 @@
 
 A place is (layer, kind): the routing of one kind's tokens in one MoE layer. Its evenness compares the capacity rate
 with that of total collapse (every token takes the same k experts) and that of uniform random routing for as many
-tokens. A plain share of the random rate would mean different things for different layouts: total collapse is .27 of it
+tokens. A plain share of the random rate would mean different things for different layouts: total collapse is .26 of it
 for 2 of 8 experts and .06 for 8 of 128. All of this is ours; the rates are `routing_metrics.capacity_rate` and
 `random_capacity_rate`.
 """

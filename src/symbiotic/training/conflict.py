@@ -41,8 +41,11 @@ def squares(gradient: Gradient, names: Iterable[str]) -> Tensor:
 
 def products(first: Gradient, second: Gradient) -> Tensor:
     """[3, P] float64, tensor by tensor: |a|^2, |b|^2 and a.b."""
-    dots = torch.stack([(first[name].double() * second[name].double()).sum() for name in first])
-    return torch.stack([squares(first, first), squares(second, first), dots])
+    columns = []
+    for name in first:
+        a, b = first[name].double().flatten(), second[name].double().flatten()
+        columns.append(torch.stack([a @ a, b @ b, a @ b]))
+    return torch.stack(columns, dim=1)
 
 
 def role_conflicts(products_3P: Sequence[Sequence[float]], roles: Sequence[str]) -> dict[str, float]:

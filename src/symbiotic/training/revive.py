@@ -49,9 +49,14 @@ def pool_loads(layer: MoE, counts_ME: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def revive_experts(
-    layer: MoE, system: System, pool: str, donors: Donors, optimizers: Iterable[Optimizer], seed: Sequence[int],
+    layer: MoE,
+    system: System,
+    pool: str,
+    donors: Donors,
+    optimizers: Iterable[Optimizer],
+    seed: Sequence[int],
     spread: float = 0.5,
-) -> None:  # fmt: skip
+) -> None:
     """Make the dead experts of one pool copies of their donors, in place; the same bits for the same arguments.
 
     Copied: the rows of the stacked weights; the columns of every router that scores the pool, and their biases; and of

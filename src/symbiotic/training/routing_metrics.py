@@ -52,9 +52,9 @@ def random_capacity_rate(num_tokens: int, top_k: int, num_experts: int, factor: 
 
     Exact: the load X of one expert is then Binomial(N, p = k/E), and expectations add up over experts, so the rate is
     E[min(X, C)] / (N p) = 1 - E[(X - C)+] / (N p), where
-    E[(X - C)+] = N p P(Binomial(N - 1, p) >= C) - C P(X > C). NaN without tokens.
+    E[(X - C)+] = N p P(Binomial(N - 1, p) >= C) - C P(X > C). NaN without tokens or experts.
     """
-    if num_tokens == 0:
+    if num_tokens == 0 or num_experts == 0:
         return math.nan
     p, mean = top_k / num_experts, num_tokens * top_k / num_experts
     limit = max(c_min, math.floor(mean * factor + 1e-9))
