@@ -1,7 +1,7 @@
 """What all monitors together cost: `python benchmarks/monitors.py [--steps 160] [--rounds 3]`.
 
 Two fits of the embedded model take turns in one process: one with what training needs and its log (shield, rates,
-StepLog), one with every default monitor on top (routing, drift and self-checks, heat map, alarm, conflicts and leak). The
+StepLog), one with every default monitor on top (routing, drift, self-checks, heat map, alarm, conflicts and leak). The
 seconds between step 10 and the last one are compared, pair by pair; evaluation and sampling are in neither.
 Prints a table and one line of JSON. It needs the embedded corpus (any run of `experiment=symbiotic` writes it).
 """
@@ -29,7 +29,7 @@ from symbiotic.config import compose
 from symbiotic.fit import make_module, make_trainer
 
 NEEDED = ("gradient_shielding", "step_log", "lr_phases", "balance_bias", "phase_transitions")
-MONITORS = ("routing_monitor", "collapse_alarm", "gradient_conflict", "routing_heatmap")
+MONITORS = ("routing_monitor", "self_checks", "collapse_alarm", "gradient_conflict", "routing_heatmap")
 SETTLED = 10
 
 

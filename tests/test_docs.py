@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from symbiotic import arc
+from symbiotic.callbacks.csv_log import last_values
 from symbiotic.config import CONF, compose
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +58,8 @@ def test_commands_compose(command: str) -> None:
     arguments = shlex.split(command.partition("src/train.py")[2])
     overrides = [argument for argument in arguments if "=" in argument]
     assert set(arguments) - set(overrides) <= {"-m", "--cfg", "job"}
-    choices = [[f"{key}={value}" for value in values.split(",")] for key, values in (o.split("=") for o in overrides)]
+    pairs = [override.split("=", 1) for override in overrides]
+    choices = [[f"{key}={v}" for v in ([values] if "[" in values else values.split(","))] for key, values in pairs]
     assert "-m" in arguments or all(len(choice) == 1 for choice in choices)
     for member in itertools.product(*choices):
         compose(member)
@@ -152,3 +154,32 @@ def test_a_wrong_row_is_seen() -> None:
     good = next(row for row in MAP if code(row[3]))
     with pytest.raises(AttributeError):
         test_paper_map([*good[:2], "`models/moe.py:NoSuchClass`", *good[3:]])
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def test_every_logged_metric_is_documented(shared_tmp: Path, tmp_path: Path) -> None:
+    """Each column of a run's metrics.csv matches a name of docs/metrics.md, and each name there occurs or is named
+    here with the reason."""
+    paths = [f"paths.runs={tmp_path}", f"paths.data={shared_tmp / 'data'}", f"paths.cache={shared_tmp / 'cache'}"]
+    config = compose(["experiment=smoke", *paths])
+    arc.run(config)
+    logged = set(last_values(Path(config.run_dir) / "metrics.csv"))
+    documented = [name for cells in rows(METRICS_PAGE) for name in code(cells[0])]
+    patterns = {name: re.compile(metric_pattern(name)) for name in documented}
+    assert [name for name in logged if not any(p.fullmatch(name) for p in patterns.values())] == []
+    unused = {name for name, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in logged)}
+    assert unused == set()
+
+
+METRICS_PAGE = (ROOT / "docs" / "metrics.md").read_text()
+
+
+def metric_pattern(name: str) -> str:
+    words = {"ROLE": r"\w+", "KIND": "(text|prompt|vit|vae)", "GROUP": "(text|prompt|vit|vae|und|all)", "SCORE": r"\w+"}
+    words |= {"@F": r"@[\d.]+", "layerI": r"layer\d+", "METRIC": r"[\w@.]+"}
+    pattern = re.escape(name)
+    for word, meaning in words.items():
+        pattern = pattern.replace(re.escape(word), meaning)
+    return pattern

@@ -93,7 +93,7 @@ class Shield:
     """Which components the generation gradient is kept out of, and how; *how far* is the phase's `shield` level.
 
     mode: `none`; `output` scales the gradient through the component's output; `weights` scales it for the weights of
-    shared experts only (it still flows to lower layers); `strict` is `output`, and latent queries also attend
+    the target only (it still flows to lower layers); `strict` is `output`, and latent queries also attend
     to keys and values of all other tokens with their gradient scaled (ours: at level 1 exactly nothing leaks).
     targets: component -> kinds whose tokens are shielded; a component is `shared` (every shared expert),
     `shared.NAME` or `pools.NAME`.

@@ -72,7 +72,7 @@ def test_a_log_event_calls_each_logger_once_per_callback(fit: Any, memory: Any) 
     assert all(isinstance(v, float) for _, metrics in memory.calls for v in metrics.values())
 
 
-def test_routing_is_that_of_the_counts_of_the_window_and_capacity_that_of_its_micro_batches(fit: Any, memory: Any) -> None:
+def test_routing_is_that_of_the_window_and_capacity_that_of_its_micro_batches(fit: Any, memory: Any) -> None:
     spy = Spy()
     fit([RoutingMonitor(every=2), LRPhases(), spy], steps=2, micro_batches=2, loggers=[memory])
     row = memory.rows()[2]

@@ -341,3 +341,13 @@ def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> 
     assert out.routing.tokens.max() > 512  # beyond what bfloat16 can count
     assert torch.equal(out.routing.counts.sum(-1), (2 * out.routing.tokens).expand(len(out.routing.counts), 4))
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_can_be_laid_out_without_memory(name: str) -> None:
+    """On the meta device, as a sharded run builds its model before the weights are loaded."""
+    model = tiny_model()
+    with torch.device("meta"):
+        net = UnifiedModel(model, load_system(name, model))
+    assert all(p.is_meta for p in net.parameters())
+    assert torch.equal(net.visible_experts, build(name).visible_experts)

@@ -24,7 +24,9 @@ from shields import (
     weighed,
     with_norms,
 )
-from symbiotic.models.places import product
+from symbiotic.models.attention import rope_angles
+from symbiotic.models.moe import MoE
+from symbiotic.models.places import Places, product
 
 MODES = ("output", "weights", "strict")
 SCOPES = (("vae",), ("vae", "vit"))
@@ -136,6 +138,24 @@ def test_the_forward_is_the_same_bit_for_bit(mode: str, kinds: tuple[str, ...], 
 def test_level_zero_is_no_shield(mode: str, system: str, target: str) -> None:
     model, batch = shielded(system, mode, target), random_batch(9)
     close(gradients(model, batch, None, WHOLE), gradients(model, batch, 0.0, WHOLE))
+
+
+@targets
+@scopes
+@modes
+def test_nobody_on_the_host_reads_the_level(mode: str, kinds: tuple[str, ...], system: str, target: str) -> None:
+    """On the meta device, where a value that is asked for raises: no branch on it, and nothing that waits for it."""
+    block = shielded(system, mode, target, kinds).to("meta").blocks[0]
+    batch, level = random_batch(6).to("meta"), torch.zeros((), device="meta")
+    places, x_ND = Places(batch, level), torch.randn(batch.kind.numel(), 32, device="meta")
+    _, normed_ND = block.before_moe(x_ND, places, rope_angles(batch.position.reshape(-1), 8, 1e4))  # type: ignore[operator]
+    moe: MoE = block.moe  # type: ignore[assignment]
+    assert moe.add_shared(x_ND, normed_ND, "all", places).shape == x_ND.shape
+    scale = moe.gradient_scale("shared.all" if target == "shared" else target, torch.arange(5, device="meta"), places)
+    assert scale is not None
+    assert scale.shape == (5, 1)
+    with pytest.raises(RuntimeError):  # the instrument
+        float(level)
 
 
 # ------------------------------------------------------------------ understanding

@@ -63,8 +63,8 @@ class CollapseAlarm(StepCallback):
 
     def __init__(
         self,
-        ratio: float = 0.3,
-        clear: float = 0.4,
+        ratio: float = 0.2,
+        clear: float = 0.35,
         patience: int = 5,
         action: str = "warn",
         kinds: Sequence[str] = ("text", "vit", "vae"),

@@ -57,4 +57,3 @@ class PhaseTransitions(StepCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.seen, self.found = int(state_dict["seen"]), bool(state_dict["found"])
-

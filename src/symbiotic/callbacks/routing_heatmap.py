@@ -102,6 +102,7 @@ def draw_heatmap(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     kinds = [m for m in range(len(KINDS)) if tokens[m] > 0]
     num_layers, _, num_experts = counts.shape
@@ -116,10 +117,11 @@ def draw_heatmap(
         bottom = FOOT + stack - (i + 1) * height - i * GAP
         axis = figure.add_axes((LEFT / across, bottom / total, width / across, height / total))
         image = _panel(axis, relative[:, m], visible[m], pools)
-        axis.set_title(f"{KINDS[m]}, {tokens[m]:,.0f} tokens", loc="left", fontsize=9, pad=3)
-        axis.tick_params(labelbottom=m == kinds[-1])
+        axis.set_title(f"{KINDS[m]}, {tokens[m]:,.0f} tokens", loc="left", fontsize=9, y=1.0, pad=3)
+        axis.set_xticks([])  # ticks are most of the time that a figure takes
         if not i:
             _name_pools(axis, pools)
+    axis.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axis.set_xlabel("expert (hatched: not for this kind)")
     bar_axis = figure.add_axes(((LEFT + width + 0.2) / across, FOOT / total, 0.16 / across, stack / total))
     bar = figure.colorbar(image, cax=bar_axis, extend="max", extendfrac=0.03)
@@ -144,7 +146,6 @@ def _panel(axis: Any, relative: np.ndarray, visible: np.ndarray, pools: Mapping[
     for border in np.cumsum(list(pools.values()))[:-1]:
         axis.axvline(border - 0.5, color="black", linewidth=1.2)
     axis.set_ylabel("MoE layer")
-    axis.xaxis.set_major_locator(MaxNLocator(16, integer=True))
     axis.yaxis.set_major_locator(MaxNLocator(8, integer=True))
     return image
 

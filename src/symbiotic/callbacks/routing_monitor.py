@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from symbiotic.callbacks.log import Window, log_metrics
 from symbiotic.callbacks.self_checks import Failures, probing
 from symbiotic.callbacks.step import Probing
-from symbiotic.models.batch import Batch
+from symbiotic.models.batch import VAE, VIT, Batch
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.objectives.flow import noised
 from symbiotic.schema import KINDS, ConfigError
@@ -40,10 +41,12 @@ class RoutingMonitor(Probing):
         self.every, self.factors, self.per_layer = every, tuple(factors), per_layer
         self.window, self.failures = Window(), Failures()
         self.reference: dict[str, Tensor] = {}  # kind -> [L, n, E] probabilities at the start
+        self._rows: Batch | None = None  # of the probe, on the device of the model
         self._tokens: list[Tensor] = []  # [M] of each micro-batch whose random baseline is not in the window yet
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.probe is not None and trainer.global_step == 0:
+        self._rows = None if self.probe is None else drifting_rows(self.probe).to(pl_module.device)
+        if trainer.global_step == 0:
             self.reference = self.probabilities(trainer, pl_module)
 
     def on_micro_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
@@ -86,17 +89,16 @@ class RoutingMonitor(Probing):
 
     def drift(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """How far the probe's routing is from that at the start; empty without a probe or without MoE layers."""
-        if self.probe is None or not self.reference:
-            return {}
-        now = self.probabilities(trainer, pl_module)
+        now = self.probabilities(trainer, pl_module) if self.reference else {}
         values = {kind: drift(now[kind], self.reference[kind].to(now[kind].device)) for kind in now}
         return {name: value for kind in now for name, value in by_layer(f"drift/{kind}", values[kind]).items()}
 
     def probabilities(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor]:
         """Kind -> [L, n, E] of its n tokens in the probe."""
-        assert self.probe is not None
+        if self._rows is None or not len(self._rows.kind):
+            return {}
         with probing(trainer, pl_module):
-            return probe_probabilities(pl_module.model, self.probe.to(pl_module.device))  # type: ignore[arg-type]
+            return probe_probabilities(pl_module.model, self._rows)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------ state
 
@@ -118,11 +120,26 @@ def num_tokens(batch: Batch) -> Tensor:
     return valid.new_zeros(len(KINDS)).index_add_(0, batch.kind.reshape(-1), valid)
 
 
+def drifting(batch: Batch) -> dict[str, Tensor]:
+    """Kind of `DRIFTING` -> [B, T] bool, where its tokens stand."""
+    return {kind: (batch.kind == KINDS.index(kind)) & (batch.segment >= 0) for kind in DRIFTING}
+
+
+def drifting_rows(batch: Batch) -> Batch:
+    """The rows that hold a token of `DRIFTING`: nothing attends across rows, so its routing is that in the batch."""
+    keep_B = torch.stack(list(drifting(batch).values())).any(0).any(1)
+    whole = {"ce_norm": batch.ce_norm, "flow_norm": batch.flow_norm}
+    reads, makes = (keep_B[(batch.kind == kind).nonzero()[:, 0]] for kind in (VIT, VAE))
+    patches = {name: getattr(batch, name)[reads] for name in ("vit_patches", "vit_grid")}
+    patches |= {name: getattr(batch, name)[makes] for name in ("latents", "latent_grid", "noise", "time")}
+    rest = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in whole | patches}
+    return Batch(**whole, **patches, **{name: value[keep_B] for name, value in rest.items()})
+
+
 @torch.no_grad()
 def probe_probabilities(model: UnifiedModel, probe: Batch) -> dict[str, Tensor]:
     """Kind of `DRIFTING` -> float32 [L, n, E], the router's probabilities of its n tokens (those with any)."""
-    trace = model(noised(probe), trace=True).trace
-    kind_N = torch.where(probe.segment >= 0, probe.kind, -1).reshape(-1)
-    rows = {kind: (kind_N == KINDS.index(kind)).nonzero().squeeze(-1) for kind in DRIFTING} if trace else {}
+    trace = model(noised(probe), logits_at=torch.zeros_like(probe.segment, dtype=torch.bool), trace=True).trace
+    rows = {kind: places.reshape(-1).nonzero().squeeze(-1) for kind, places in drifting(probe).items() if trace}
     found = {kind: [layer.probs_NE[index].float() for layer in trace] for kind, index in rows.items() if len(index)}
     return {kind: torch.stack(layers) for kind, layers in found.items()}

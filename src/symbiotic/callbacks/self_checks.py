@@ -79,9 +79,11 @@ class SelfChecks(Probing):
             return
         config, (returned, stats) = config_of(pl_module), self._last
         recount = recount_balance(stats, config.model, config.system, config.objective.balance)
-        pair = torch.stack([returned.detach().double(), returned.new_tensor(recount, dtype=torch.float64)])
-        pairs = cast(Tensor, pl_module.all_gather(pair)).reshape(-1, 2).tolist()
-        wrong = [pair for pair in pairs if not abs(pair[0] - pair[1]) <= TOLERANCE * max(abs(pair[1]), 1e-12)]
+        pairs = torch.zeros(trainer.world_size, 2, dtype=torch.float64, device=returned.device)
+        pairs[trainer.global_rank] = torch.tensor([float(returned), recount], dtype=torch.float64)
+        if trainer.world_size > 1:
+            pairs = cast(Tensor, trainer.strategy.reduce(pairs, reduce_op="sum"))
+        wrong = [(a, b) for a, b in pairs.tolist() if not abs(a - b) <= TOLERANCE * max(abs(b), 1e-12)]
         if wrong:
             text = "balance loss: the step returned {:.6g}, its counts and probabilities make {:.6g}".format(*wrong[0])
             self.failures.tell(trainer, step, "balance", text)

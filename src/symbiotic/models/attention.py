@@ -89,7 +89,10 @@ class Attention(nn.ModuleDict):
         return by_stream({s: p.o for s, p in self.items()}, self.system, y_NF, places)  # type: ignore[misc]
 
     def attend(self, q_NHh: Tensor, k_NGh: Tensor, v_NGh: Tensor, places: Places) -> Tensor:
-        """Under the `strict` shield latent queries read keys and values of other tokens with scaled gradient (ours)."""
+        """Under the `strict` shield latent queries read keys and values of other tokens with scaled gradient (ours).
+
+        Latents only, whatever else is in the scope of the targets: no other token has a generation loss to keep out.
+        """
         y_NHh = self.softmax(q_NHh, k_NGh, v_NGh, places)
         if self.system.shield.mode != "strict" or places.shield is None:
             return y_NHh

@@ -39,6 +39,10 @@ class Columns:
     """
 
     def __init__(self, model: Model, system: System) -> None:
+        with torch.device("cpu"):  # real numbers also while a model is built on the meta device
+            self._build(model, system)
+
+    def _build(self, model: Model, system: System) -> None:
         sizes, pools = pool_sizes(model, system), router_pools(system)
         starts = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
         experts = {name: torch.arange(sizes[pool]) + starts[pool] for name, pool in pools.items()}

@@ -21,8 +21,8 @@ Place = tuple[int, str]
 class Settings:
     """An alarm is raised after `patience` logs in a row with an evenness below `ratio`, and cleared above `clear`."""
 
-    ratio: float = 0.3
-    clear: float = 0.4
+    ratio: float = 0.2
+    clear: float = 0.35
     patience: int = 5
 
 
