@@ -18,6 +18,7 @@ import torch
 from factory import SYSTEMS
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import read_rows
+from symbiotic.callbacks.events import read_events
 from symbiotic.config import compose
 from symbiotic.runs import load_state, read_json, write_json
 from symbiotic.schema import Config, ConfigError, RunError
@@ -188,6 +189,64 @@ def test_a_killed_run_resumes_bit_exactly(shared_tmp: Path, tmp_path: Path, proj
     assert trace(config) == trace(reference)
     a, b = (load_state(Path(c.run_dir) / "model.safetensors") for c in (config, reference))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+PHASES = (
+    "{name:warm,until:9,shield:1.0,frozen:[und],mix:{t2i:1,lm:1}}",
+    "{name:shield,until:20,shield:1.0,when:{metric:train/ce,below:100.0,logs:2}}",
+    "{name:joint,until:28,shield:0.9,balance:0.05}",
+    "{name:last,until:${phases.steps},shield:0.5,mix:{t2i:3,lm:2,mmu:2},rate:{gen:0.5}}",
+)
+EVERYTHING = (
+    f"phases.list=[{','.join(PHASES)}]",
+    "phases.steps=40",
+    "log_every=3",
+    "save_every=4",
+    "surgery=upgrad",
+    "rates=per_role",
+    "rates.schedules.gen.decay=0.3",
+    "rates.schedules.latent.decay=0.3",
+    "model.router.bias=true",
+    "objective.balance.bias_rate=0.001",
+    "callbacks.gradient_conflict.every=7",
+    "callbacks.collapse_alarm.action=rebalance",
+    "callbacks.collapse_alarm.ratio=0.9",
+    "callbacks.collapse_alarm.clear=0.95",
+    "callbacks.collapse_alarm.patience=2",
+)
+"""Every mechanism with a memory at once; the alarm is set so that it acts."""
+
+
+def record(config: Config) -> tuple[list[dict[str, str]], list[Any]]:
+    """Rows of metrics.csv without the speeds, and the events."""
+    rows = read_rows(Path(config.run_dir) / "metrics.csv")
+    plain = [{name: value for name, value in row.items() if not name.startswith("speed/")} for row in rows]
+    return plain, read_events(config.run_dir)
+
+
+def test_a_killed_run_with_every_mechanism_resumes_bit_exactly(
+    shared_tmp: Path, tmp_path: Path, project_root: Path
+) -> None:
+    """Killed behind the first transition: metrics, events, biases and weights are those of an undisturbed run."""
+    reference = run(shared_tmp, tmp_path / "whole", *EVERYTHING)
+    rows, events = record(reference)
+    assert [event["phase"] for event in events if event["kind"] == "phase"] == ["shield"]
+    assert [event for event in events if event["kind"] == "intervention"]
+    assert {row["phase/index"] for row in rows if row["phase/index"]} == {"0", "1", "2", "3"}
+    arguments = overrides(shared_tmp, tmp_path / "killed", *EVERYTHING)
+    config = compose(arguments)
+    folder = Path(config.run_dir) / "checkpoints"
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen(command(arguments, project_root), **quiet) as process:
+        while process.poll() is None and not list(folder.glob("step=00001[6-9].ckpt")):
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    arc.run(config)
+    assert record(config) == (rows, events)
+    a, b = (load_state(Path(c.run_dir) / "model.safetensors") for c in (config, reference))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert max(float(a[name].abs().max()) for name in a if name.endswith("moe.bias")) > 0
 
 
 def test_two_processes_go_through_the_whole_arc_with_the_samples_of_one(

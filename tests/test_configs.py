@@ -165,6 +165,8 @@ def test_what_logs_steer_is_part_of_the_run_folder(composer: Composer) -> None:
     phases = "phases.list=[{name:a,until:99,when:{metric:train/ce,below:1.0}},{name:b,until:450}]"
     assert folder("log_every=5") == folder("log_every=10")
     assert folder("log_every=5", phases) != folder("log_every=10", phases)
+    acts = "callbacks.collapse_alarm.action=revive"
+    assert folder("log_every=5", acts) != folder("log_every=10", acts)
 
 
 # --------------------------------------------------------------------------- what the values mean

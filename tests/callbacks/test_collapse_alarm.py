@@ -96,6 +96,31 @@ def test_healthy_routing_trips_nothing(fit: Any, seed: int) -> None:
     assert read_events(fit.run_dir) == []
 
 
+class Halves(Callback):
+    """Plants what the step returns: words use experts 0 to 3, all other kinds 4 to 7, each evenly."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        stats = outputs["routing"]
+        stats.counts.zero_()
+        for m, kind in enumerate(KINDS):
+            stats.counts[:, m, slice(0, 4) if kind == "text" else slice(4, 8)] = 2 * stats.tokens[m] / 4
+
+
+def test_routing_that_the_pooled_number_hides_is_told_of_once(fit: Any, memory: Any) -> None:
+    """About .98 together and .50 for each kind, in a model in which all kinds see all experts."""
+    model = tiny_model(num_layers=2)
+    system = load_system("standard_separable", model)  # one softmax over two pools
+    callbacks = [Halves(), LRPhases(), RoutingMonitor(every=1), CollapseAlarm(patience=3)]
+    fit(callbacks, steps=6, loggers=[memory], model=model, system=system)
+    row = memory.rows()[3]
+    assert row["routing/capacity@1/all"] > 0.9
+    assert row["routing/capacity@1/vae"] == pytest.approx(0.5, abs=0.02)
+    events = read_events(fit.run_dir)
+    assert [event["step"] for event in events] == [3] * 6
+    assert all("hides in the pooled rate of 0.9" in event["text"] for event in events)
+    assert {event["text"].split(": ")[1] for event in events} == {f"{k} in layer {i}" for i, k in PLACES}
+
+
 def test_only_the_kinds_that_are_watched_are(fit: Any) -> None:
     fit(parts(CollapseAlarm(patience=2, kinds=("vae",))), steps=3)
     assert alarms(fit.run_dir) == [(2, 0, "vae"), (2, 1, "vae")]

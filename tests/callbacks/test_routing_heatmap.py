@@ -63,7 +63,7 @@ def test_only_at_the_end_by_default(fit: Any) -> None:
     assert counts(fit.run_dir, 3)["steps"].tolist() == [1, 3]
 
 
-def test_two_ranks_count_what_one_does(fit: Any, tmp_path: Path) -> None:
+def test_two_ranks_count_what_one_does(fit: Any) -> None:
     found = []
     for devices in (1, 2):
         fit([RoutingHeatmap(), LRPhases()], steps=1, micro_batches=4, devices=devices)

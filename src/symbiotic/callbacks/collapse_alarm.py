@@ -23,6 +23,7 @@ from symbiotic.training.collapse import (
     Settings,
     State,
     acted,
+    behind_pooled,
     collapse_floor,
     due,
     names,
@@ -36,6 +37,7 @@ from symbiotic.training.revive import choose_donors, not_revivable, pool_loads, 
 
 ACTIONS = ("warn", "rebalance", "revive", "stop")
 KEY = "callbacks.collapse_alarm"
+HIDDEN = 0.5  # evenness of a kind below which a pooled number that looks healthy misleads
 
 
 class CollapseAlarm(StepCallback):
@@ -52,8 +54,10 @@ class CollapseAlarm(StepCallback):
       left alone, and an expert that other kinds use is not dead;
     - `stop`: training ends after this step, behind its checkpoint, with a RunError; so does every restart.
 
-    Every change is an event of the run record. Logs `alarm/raised` (places whose alarm is raised) and
-    `alarm/interventions` (so far). Rank 0's numbers decide. List it behind `BalanceBias`, before what evaluates.
+    A kind that stays below `HIDDEN` while its layer looks even with all kinds taken together is told of once, without
+    an action: pooled numbers hide it. Every change is an event of the run record. Logs `alarm/raised` (places whose
+    alarm is raised) and `alarm/interventions` (so far). Rank 0's numbers decide. List it behind `BalanceBias`, before
+    what evaluates.
     capacity_factor: whose capacity rate is read, one of the monitor's factors.
 
     Raises:
@@ -88,7 +92,7 @@ class CollapseAlarm(StepCallback):
         self.settings, self.action, self.kinds = Settings(ratio, clear, patience), action, tuple(kinds)
         self.factor, self.limit, self.cooldown, self.dead, self.spread = factor, limit, cooldown, dead, spread
         self.capacity_factor, self.metric = capacity_factor, f"capacity@{capacity_factor:g}"
-        self.state, self.window = State(), Window()
+        self.state, self.hidden, self.window = State(), State(), Window()
         self.told: list[str] = []  # what is said once
         self.interventions, self.stopped = 0, ""
 
@@ -117,6 +121,7 @@ class CollapseAlarm(StepCallback):
         seen_M, top_k = model.visible_experts.sum(1).tolist(), model.cfg.router.top_k
         seen = {kind: seen_M[KINDS.index(kind)] for kind in self.kinds}
         self.floors = {kind: collapse_floor(top_k, e, self.capacity_factor) for kind, e in seen.items()}
+        self.pooled_floor = {"all": collapse_floor(top_k, model.visible_experts.shape[1], self.capacity_factor)}
         reason = not_revivable(self.layers, trainer.optimizers) if self.action == "revive" else None
         if reason:
             raise ConfigError(f"{KEY}.action=revive: cannot copy experts here, {reason}; choose another action")
@@ -137,10 +142,11 @@ class CollapseAlarm(StepCallback):
             self.window.add({"counts": outputs["routing"].counts})
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        found = readings(logged_at(trainer, step), self.metric, self.floors)
-        if not found:
+        logged = logged_at(trainer, step)
+        both = [readings(logged, self.metric, floors) for floors in (self.floors, self.pooled_floor)]
+        if not both[0]:
             return
-        found = trainer.strategy.broadcast(found)
+        found, pooled = trainer.strategy.broadcast(both)
         for kind in dict.fromkeys(kind for (_, kind), reading in found.items() if math.isnan(reading.evenness)):
             nothing = "they have no random baseline above total collapse to be compared with"
             self.tell(trainer, step, f"no collapse alarm for {kind} tokens: {nothing}")
@@ -148,6 +154,7 @@ class CollapseAlarm(StepCallback):
         self.state, raised, cleared = update(self.state, evenness, self.settings)
         for place in (*raised, *cleared):
             self.report(trainer, step, place, found[place])
+        self.unmask(trainer, step, found, pooled)
         present = [place for place in self.state.raised if place in evenness]
         if present and self.action != "warn":
             act = {"rebalance": self.rebalance, "revive": self.revive, "stop": self.stop}[self.action]
@@ -155,6 +162,14 @@ class CollapseAlarm(StepCallback):
         self.window.clear()
         counts = {"alarm/raised": float(len(self.state.raised)), "alarm/interventions": float(self.interventions)}
         log_metrics(trainer, counts, step)
+
+    def unmask(self, trainer: Trainer, step: int, found: dict[Place, Reading], pooled: dict[Place, Reading]) -> None:
+        settings = Settings(HIDDEN, HIDDEN, self.settings.patience)
+        self.hidden, raised, _ = update(self.hidden, behind_pooled(found, pooled), settings)
+        for place in raised:
+            whole = pooled[place[0], "all"]
+            text = f"uneven routing hides in the pooled rate of {whole.rate:.2f}: {names([place])}: {found[place]}"
+            self.tell(trainer, step, text)
 
     def report(self, trainer: Trainer, step: int, place: Place, reading: Reading) -> None:
         raised = place in self.state.raised
@@ -227,10 +242,12 @@ class CollapseAlarm(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         told, count, stopped = list(self.told), self.interventions, self.stopped
-        return {"state": plain(self.state), "told": told, "interventions": count, "stopped": stopped}
+        states = {"state": plain(self.state), "hidden": plain(self.hidden)}
+        return states | {"told": told, "interventions": count, "stopped": stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state, self.told = restored(state_dict["state"]), list(state_dict["told"])
+        self.state, self.hidden = restored(state_dict["state"]), restored(state_dict["hidden"])
+        self.told = list(state_dict["told"])
         self.interventions, self.stopped = int(state_dict["interventions"]), str(state_dict["stopped"])
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -11,11 +11,12 @@ import re
 import tempfile
 from pathlib import Path
 
+from symbiotic.checks.callbacks import check_callbacks
 from symbiotic.checks.phases import check_phases
 from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
-from symbiotic.layout import parameter_names, shared_scopes, shield_kinds
+from symbiotic.layout import parameter_names, shared_scopes
 from symbiotic.schema import KINDS, Config, ConfigError, Mix, near_miss
 from symbiotic.training.roles import assign_roles
 
@@ -67,7 +68,7 @@ def check(config: Config) -> None:
     """
     _run(config)
     check_layout(config.model, config.system)
-    _callbacks(config)
+    check_callbacks(config)
     _rates(config)
     check_phases(config)
     _mix("mix", config.mix, config.data.sets)
@@ -112,21 +113,6 @@ def _writable(config: Config) -> None:
 
 
 # --------------------------------------------------------------------------- optimisation
-
-
-def _callbacks(config: Config) -> None:
-    """A callback that a phase needs cannot be switched off: rates and shield would silently stay as they are."""
-    missing = [name for name, node in config.callbacks.items() if node is None]
-    if "lr_phases" in missing:
-        raise ConfigError("callbacks.lr_phases=null: rates and phases need it; must not be switched off")
-    if "gradient_shielding" in missing and shield_kinds(config.system) and any(p.shield for p in config.phases.list):
-        raise ConfigError("callbacks.gradient_shielding=null: the shield needs it; set system.shield.mode=none instead")
-    if "balance_bias" in missing and config.objective.balance.bias_rate:
-        raise ConfigError("callbacks.balance_bias=null: objective.balance.bias_rate needs it; set that to 0 instead")
-    if "phase_transitions" in missing and any(phase.when for phase in config.phases.list):
-        raise ConfigError("callbacks.phase_transitions=null: phases that end by a metric need it")
-    if "evaluation" in missing and config.evaluation.every:
-        raise ConfigError("callbacks.evaluation=null: evaluation.every needs it; set evaluation.every=0 instead")
 
 
 def _rates(config: Config) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 Place = tuple[int, str]
 
+EVEN = 0.85  # pooled routing above this evenness looks healthy
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -74,6 +76,15 @@ def readings(metrics: Mapping[str, float], metric: str, floors: Mapping[str, flo
                 found[layer, kind] = Reading(rate, random, floor)
         layer += 1
     return found
+
+
+def behind_pooled(found: Mapping[Place, Reading], pooled: Mapping[Place, Reading]) -> dict[Place, float]:
+    """Evenness of the places whose layer looks even (above `EVEN`) when all kinds are taken together.
+
+    Two kinds that use one half of the experts each have .98 together and .50 each (the spec's planted case).
+    """
+    even = {layer for (layer, _), reading in pooled.items() if reading.evenness > EVEN}
+    return {place: reading.evenness for place, reading in found.items() if place[0] in even}
 
 
 def update(

@@ -1,0 +1,51 @@
+"""Rules for the callbacks: what cannot be switched off, and what an alarm can act on.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+from symbiotic.checks.rules import known
+from symbiotic.layout import shield_kinds
+from symbiotic.schema import Config, ConfigError
+
+ACTIONS = ("warn", "rebalance", "revive", "stop")
+"""What a collapse alarm may do."""
+
+
+def check_callbacks(config: Config) -> None:
+    """Raises ConfigError."""
+    _needed(config)
+    _alarm(config)
+
+
+def _needed(config: Config) -> None:
+    """A callback that a setting needs cannot be switched off: rates and shield would silently stay as they are."""
+    missing = [name for name, node in config.callbacks.items() if node is None]
+    if "lr_phases" in missing:
+        raise ConfigError("callbacks.lr_phases=null: rates and phases need it; must not be switched off")
+    if "gradient_shielding" in missing and shield_kinds(config.system) and any(p.shield for p in config.phases.list):
+        raise ConfigError("callbacks.gradient_shielding=null: the shield needs it; set system.shield.mode=none instead")
+    if "balance_bias" in missing and config.objective.balance.bias_rate:
+        raise ConfigError("callbacks.balance_bias=null: objective.balance.bias_rate needs it; set that to 0 instead")
+    if "phase_transitions" in missing and any(phase.when for phase in config.phases.list):
+        raise ConfigError("callbacks.phase_transitions=null: phases that end by a metric need it")
+    if "evaluation" in missing and config.evaluation.every:
+        raise ConfigError("callbacks.evaluation=null: evaluation.every needs it; set evaluation.every=0 instead")
+
+
+def _alarm(config: Config) -> None:
+    alarm = config.callbacks.get("collapse_alarm")
+    if alarm is None:
+        return
+    if config.callbacks.get("routing_monitor") is None:
+        raise ConfigError("callbacks.routing_monitor=null: callbacks.collapse_alarm reads its log; set both to null")
+    key, action = "callbacks.collapse_alarm.action", str(alarm.get("action", "warn"))
+    known(key, [action], ACTIONS, "action")
+    if action != "warn" and not config.system.pools:
+        raise ConfigError(f"{key}={action}: has no effect: system={config.system.name} has no routed experts")
+    own = config.objective.balance_weight
+    weights = [own if phase.balance is None else phase.balance for phase in config.phases.list]
+    if action == "rebalance" and not any(weights) and not config.objective.balance.bias_rate:
+        zero = "objective.balance_weight, every phase's balance and objective.balance.bias_rate are 0"
+        raise ConfigError(f"{key}=rebalance: has nothing to raise: {zero}")
