@@ -235,7 +235,7 @@ def test_state_is_plain(fit: Any, tmp_path: Path) -> None:
     loaded = torch.load(checkpoint_path(tmp_path / "c", 3), weights_only=True)
     assert loaded["global_step"] == 3
     assert set(loaded["window/step_log"]) >= {"loss", "tokens"}
-    assert set(loaded["window/routing_monitor"]) == {"counts", "tokens"}
+    assert set(loaded["window/routing_monitor"]) == {"counts", "tokens", "capacity", "micro_batches", "random"}
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
