@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from symbiotic import arc
+from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.config import compose
 from symbiotic.runs import read_json, write_json
 from symbiotic.studies.compare import arms, cell, main, read_runs
@@ -45,6 +46,28 @@ def test_the_table_and_the_raw_numbers(runs: Path, tmp_path: Path, capsys: pytes
         rows = list(csv.DictReader(file))
     assert {row["step"] for row in rows} == {"stage 0", "0", "2", "last log"}
     assert len({row["code"] for row in rows}) == 1
+
+
+def test_logged_metrics_are_averaged_over_steps(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(runs), "--metrics", "train/ce", "routing/layer*/capacity@1/vae", "--between", "0", "2"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    columns = "| arm | seeds | train/ce | routing/layer0/capacity@1/vae | routing/layer1/capacity@1/vae |"
+    assert head == columns
+    found = {arm.name: arm for arm in arms(read_runs(runs))}
+    rows = [read_rows(run.folder / "metrics.csv") for run in found["lr 0.0007"].runs]
+    mean = sum(float(row["train/ce"]) for row in rows[0] if row["train/ce"]) / 2
+    assert any(line.startswith(f"| lr 0.0007 | 1 | {mean:.3f} |") for line in lines)
+    assert main([str(runs), "--metrics", "nothing/*"]) == 1
+    assert capsys.readouterr().err == "error: --metrics nothing/*: nothing of that name was logged\n"
+
+
+def test_arms_are_named_by_what_alarms_and_ablations_change(runs: Path) -> None:
+    found = read_runs(runs)[:2]
+    found[0].config["callbacks"]["collapse_alarm"]["action"] = "revive"
+    found[0].summary["events"] = {"intervention": 2}
+    found[1].config["ablation"] = ["random_split"]
+    ends = {arm.name.split(", ")[-1] for arm in arms(found)}
+    assert ends == {"ablation random_split", "alarm: revive (its alarm intervened)"}
 
 
 def test_spread_needs_two_seeds() -> None:

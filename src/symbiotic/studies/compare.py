@@ -1,4 +1,5 @@
-"""Finished runs side by side: `python -m symbiotic.studies.compare RUNS [--steps 300 450] [--csv results.csv]`.
+"""Finished runs side by side: `python -m symbiotic.studies.compare RUNS [--steps 300 450] [--csv results.csv]`, and what
+they logged: `--metrics leak/all routing/layer*/capacity@1/vae --between 400 450`.
 
 Runs whose configs differ in the seed only are one arm; an arm is named by what sets it apart from the others. A score
 is the mean over the arm's seeds and their sample standard deviation (none with one seed). An arm in which a collapse
@@ -14,6 +15,7 @@ import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,17 @@ from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.runs import read_json
 from symbiotic.schema import RunError
 from symbiotic.studies import console
+from symbiotic.studies.curves import read_series
 
 IGNORED = ("seed", "run_dir", "name", "paths", "threads", "log_every", "save_every", "ablation", "metric", "logger")
-NAMES = {"system.name": "", "rates.lr": "lr ", "rates.by_role": "", "mix.drop": "without "}
+NAMES = {
+    "system.name": "",
+    "rates.lr": "lr ",
+    "rates.by_role": "",
+    "mix.drop": "without ",
+    "objective.balance_weight": "balance ",
+    "callbacks.collapse_alarm.action": "alarm: ",
+}
 """Keys that name an arm, and what stands before their value."""
 
 ROUTING = ("capacity@1.25/und", "capacity@1.25/vae", "utilisation/und", "utilisation/vae")
@@ -49,6 +59,12 @@ class Arm:
     def values(self, step: int, score: str) -> list[float]:
         found = (run.scores.get(step, {}).get(score) for run in self.runs)
         return [float(value) for value in found if value is not None]
+
+    def logged(self, metric: str, first: int, last: int) -> list[float]:
+        """Per run, the mean of what was logged after step `first` up to `last`; without NaN."""
+        found = (read_series(run.folder / "metrics.csv").get(metric, ([], [])) for run in self.runs)
+        inside = ([v for s, v in zip(*series, strict=True) if first < s <= last and v == v] for series in found)
+        return [statistics.fmean(values) for values in inside if values]
 
     def routing(self, metric: str) -> list[float]:
         found = (run.summary["routing"].get(f"routing/{metric}") for run in self.runs)
@@ -129,6 +145,18 @@ def table(found: Sequence[Arm], scores: Sequence[str], steps: Sequence[int]) -> 
     return columns, rows
 
 
+def metric_table(
+    found: Sequence[Arm], patterns: Sequence[str], between: tuple[int, int]
+) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of logged metrics, means over the steps of `between`; a pattern may hold `*`."""
+    known = dict.fromkeys(n for arm in found for run in arm.runs for n in read_series(run.folder / "metrics.csv"))
+    names = [name for pattern in patterns for name in known if fnmatchcase(name, pattern)]
+    if not names:
+        raise RunError(f"--metrics {' '.join(patterns)}: nothing of that name was logged")
+    rows = [[arm.name, str(len(arm.runs)), *(cell(arm.logged(name, *between)) for name in names)] for arm in found]
+    return ["arm", "seeds", *names], rows
+
+
 def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -154,9 +182,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("runs", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", default=[300, 450])
     parser.add_argument("--csv", type=Path)
+    parser.add_argument("--metrics", nargs="+", help="names of docs/metrics.md, * for any part: print these instead")
+    parser.add_argument("--between", type=int, nargs=2, default=[400, 450], help="steps that --metrics averages over")
     chosen = parser.parse_args(arguments)
     try:
         found = arms(read_runs(chosen.runs))
+        if chosen.metrics:
+            print(markdown(*metric_table(found, chosen.metrics, tuple(chosen.between))))
+            return 0
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
