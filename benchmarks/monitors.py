@@ -49,7 +49,9 @@ class Clock(Callback):
 def seconds(arc: Arc, dataset: Any, names: tuple[str, ...], folder: Path) -> float:
     """One fit with these callbacks of the config."""
     config = arc.config
-    made = dict(zip((n for n, node in config.callbacks.items() if node), arc.callbacks(), strict=True))
+    arc = Arc(config)  # fresh callbacks
+    arc.prepare_data()
+    made = dict(zip(arc.made, arc.callbacks(), strict=True))
     clock = Clock()
     module = make_module(config, dataset, None, latents=True)
     trainer = make_trainer(config, folder, [*(made[n] for n in made if n in names), clock], [CSVLog(str(folder))])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ class Arc:
         except OSError as error:
             raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
         self.journal = Journal(self.cache / "seconds.json")
+        self.made = {  # now: a wrong argument costs no stage 0
+            name: instantiate(node, f"callbacks.{name}") for name, node in config.callbacks.items() if node is not None
+        }
         self.scorers: subprocess.Popen[bytes] | None = None
 
     def run(self) -> float:
@@ -137,11 +141,12 @@ class Arc:
         return MicroBatches(self.data, DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule))
 
     def probe(self) -> Batch:
-        """The fixed batch that monitors measure on: `probe_samples` of the mix that joint training starts with, drawn
-        by a seed of their own."""
+        """The fixed batch that monitors measure on: `probe_samples` of the mix of the first phase, drawn by a seed of
+        their own."""
         config = self.config
         data = dataclasses.replace(config.data, samples=config.probe_samples, micro_batches=1, repeat_steps=0)
-        plan = DataPlan(self.index, config.mix, data, config.seed + PROBE_SEED, config.objective)
+        start = mix_schedule(config.phases, config.mix)[:1]
+        plan = DataPlan(self.index, config.mix, data, config.seed + PROBE_SEED, config.objective, start)
         return MicroBatches(self.data, plan)[0]
 
     # ------------------------------------------------------------------ stage 0
@@ -152,6 +157,7 @@ class Arc:
         given = self.config.init.checkpoint
         if given is not None:
             state = load_state(Path(given))
+            config = parent_config(self.config, state)
             check_parent(state, config, given)
             self.parent_name = f"{given} {state_hash(state)}"
             with self.journal.step("anchor", digest(asdict(config.model)), "evaluate the parent", Path(given)):
@@ -199,7 +205,7 @@ class Arc:
             return load_state(path)
         what = f"profile the parent's experts and split them ({config.init.assignment})"
         with self.journal.step("split", self.evaluation_key(), what, self.folder / "receipt.json"):
-            old = built(stage0_config(config), parent, latents=False)
+            old = built(parent_config(config, parent), parent, latents=False)
             new = UnifiedModel(config.model, config.system)
             batches = self.profile_batches()
             counts = expert_counts(old, batches)
@@ -232,9 +238,8 @@ class Arc:
             return self.record(module.model, steps)
 
     def callbacks(self) -> list[Any]:
-        nodes = self.config.callbacks.items()
-        made = [instantiate(node, f"callbacks.{name}") for name, node in nodes if node is not None]
-        for callback in made:
+        """The callbacks, with what they measure by."""
+        for callback in self.made.values():
             if isinstance(callback, InLoopEvaluation):
                 callback.evaluate = self.evaluate
             if isinstance(callback, SampleGrid):
@@ -243,7 +248,7 @@ class Arc:
                 callback.evaluate = self.understanding
             if isinstance(callback, Probing):
                 callback.probe = self.probe()
-        return made
+        return list(self.made.values())
 
     def loggers(self) -> list[Any]:
         nodes = self.config.logger.items()
@@ -337,6 +342,14 @@ def stage0_config(config: Config) -> Config:
             z_weight=config.objective.z_weight,
         ),  # nothing of the flow, so that arms with another flow share the parent
     )
+
+
+def parent_config(config: Config, state: Mapping[str, Tensor]) -> Config:
+    """That of the parent whose tensors these are: with selection biases if it has any."""
+    parent = stage0_config(config)
+    biased = any(name.endswith(".moe.bias") for name in state)
+    router = dataclasses.replace(parent.model.router, bias=biased)
+    return dataclasses.replace(parent, model=dataclasses.replace(parent.model, router=router))
 
 
 def stage0_key(config: Config, fingerprint: str) -> str:

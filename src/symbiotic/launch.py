@@ -20,10 +20,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from symbiotic.config import CONF, Composer, load
 from symbiotic.hints import explain
-from symbiotic.schema import Config, ConfigError, RunError
+from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
 
 WRONG_CONFIG, FAILED, INTERRUPTED = 2, 1, 130
-_EXPECTED = ("ConfigError", "RunError", "DataError", "CheckpointError")  # by name: their modules import torch
+_EXPECTED = ("ConfigError", "RunError", "CollapseStop", "DataError", "CheckpointError")  # some modules import torch
 
 
 class Failure(float):
@@ -56,7 +56,7 @@ def job(cfg: DictConfig) -> float:
             raise
         member = f" ({' '.join(task)})" if str(hydra.mode).endswith("MULTIRUN") else ""
         print(f"error: {line}{member}", file=sys.stderr, flush=True)
-        _FAILURES.append(Failure(status=WRONG_CONFIG if isinstance(error, ConfigError) else FAILED))
+        _FAILURES.append(Failure(status=status_of(error)))
         return _FAILURES[-1]
 
 
@@ -80,6 +80,14 @@ def _remove_empty(folder: Path) -> None:
             path.rmdir()
         except OSError:
             return
+
+
+def status_of(error: BaseException) -> int:
+    """Exit status: 2 for a wrong config, 3 for a run that its alarm stopped (also in a forked rank), else 1."""
+    if isinstance(error, ConfigError):
+        return WRONG_CONFIG
+    stopped = re.search(r"^(?:[\w.]+\.)?CollapseStop: ", str(error), re.MULTILINE)
+    return CollapseStop.status if isinstance(error, CollapseStop) or stopped else FAILED
 
 
 def one_line(error: BaseException) -> str | None:

@@ -71,6 +71,8 @@ class SymbioticModule(lightning.LightningModule):
             self.model.load_state_dict(dict(self.start_state))
         self.model.recompute = self.config.recompute
         if self.config.compile != "none":
+            if self.config.surgery.method not in ("none", "maop"):  # it goes back through a graph more than once
+                torch._functorch.config.donated_buffer = False
             for block in self.model.blocks:
                 block.compile(backend=self.config.compile)
 

@@ -38,6 +38,12 @@ class RunError(RuntimeError):
     """A run that cannot go on, for a reason that one line explains: which file or step, what is wrong, what helps."""
 
 
+class CollapseStop(RunError):
+    """A run that its collapse alarm stopped: `callbacks.collapse_alarm.action=stop`."""
+
+    status = 3
+
+
 # --------------------------------------------------------------------------- the model
 
 
@@ -221,9 +227,10 @@ class Balance:
 
     The loss is n * sum_i f_i P_i per router, f_i the share of its assignments (they sum to 1), P_i the mean
     probability: 1 at balance. Code whose f counts the k choices of a token (sums to k) uses weights k times smaller.
-    scope: `router`: the mean over the routers that had tokens; `global`: all tokens as if they had one router.
+    scope: `router`: the mean over the routers that had tokens; `global`: all tokens as if they had one router (with
+    pools that not all of them see, the loss is then not 1 when each pool is balanced).
     reduction: over the MoE layers. With `mean` the loss is 1 at balance, with `sum` the number of layers.
-    kinds: kind -> weight of its tokens in f and P (1 for a kind that is not named).
+    kinds: kind -> weight of its tokens in f and P (1 for a kind that is not named); a router counts by their mean.
     bias_rate: u of the aux-loss-free balancing (arXiv 2408.15664): after each step `b += u sign(mean load - load)`,
     per router; experts are chosen by score + b and weighed by the score. 0: none. Needs `model.router.bias`.
     """

@@ -10,7 +10,7 @@ import torch
 from factory import load_system, tiny_model
 from symbiotic.callbacks.balance_bias import BalanceBias
 from symbiotic.callbacks.checkpoint import StepCheckpoint, newest_valid
-from symbiotic.schema import Balance, Objective, Router
+from symbiotic.schema import Balance, Objective, Phase, Router
 
 
 def biased(rate: float = 0.01) -> dict[str, Any]:
@@ -62,3 +62,12 @@ def test_a_resume_goes_on_with_the_same_biases(fit: Any) -> None:
     fit([BalanceBias(), StepCheckpoint(str(folder), every=3)], steps=6, stop=3, micro_batches=2, **biased())
     resumed = fit([BalanceBias()], steps=6, micro_batches=2, ckpt_path=newest_valid(folder), **biased())[1]
     assert torch.equal(whole, biases(resumed))
+
+
+def test_a_frozen_router_s_biases_stay(fit: Any) -> None:
+    """Its routing is as frozen as its columns."""
+    phases = [Phase("still", 3, frozen=("und",))]
+    _, module = fit([BalanceBias()], steps=3, phases=phases, **biased())
+    und, gen = biases(module).chunk(2, dim=1)
+    assert und.abs().sum() == 0
+    assert gen.abs().sum() > 0

@@ -17,7 +17,7 @@ from symbiotic.callbacks.collapse_alarm import CollapseAlarm
 from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.lr_phases import LRPhases
 from symbiotic.callbacks.routing_monitor import RoutingMonitor
-from symbiotic.schema import KINDS, Balance, ConfigError, Objective, Phase, RunError
+from symbiotic.schema import KINDS, Balance, CollapseStop, ConfigError, Objective, Phase
 
 PLACES = [(layer, kind) for layer in (0, 1) for kind in ("text", "vit", "vae")]
 
@@ -97,28 +97,57 @@ def test_healthy_routing_trips_nothing(fit: Any, seed: int) -> None:
 
 
 class Halves(Callback):
-    """Plants what the step returns: words use experts 0 to 3, all other kinds 4 to 7, each evenly."""
+    """Plants what the step returns: `first` kinds use the first half of the experts that they see, the others the
+    second half, each evenly. Every other `every` steps only."""
+
+    def __init__(self, first: tuple[str, ...], every: int = 0) -> None:
+        self.first, self.every = first, every
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        stats = outputs["routing"]
+        stats, visible = outputs["routing"], pl_module.model.visible_experts
+        on = not self.every or (trainer.global_step - 1) // self.every % 2 == 0
         stats.counts.zero_()
         for m, kind in enumerate(KINDS):
-            stats.counts[:, m, slice(0, 4) if kind == "text" else slice(4, 8)] = 2 * stats.tokens[m] / 4
+            seen = visible[m].nonzero().squeeze(-1)
+            half = seen[: len(seen) // 2] if kind in self.first else seen[len(seen) // 2 :]
+            chosen = half if on else seen
+            stats.counts[:, m, chosen] = 2 * stats.tokens[m] / len(chosen)
+
+
+def hidden(folder: Path) -> list[tuple[int, int, str, str]]:
+    events = [e for e in read_events(folder) if e["kind"] == "hidden"]
+    return [(e["step"], e["layer"], e["token_kind"], e["pooled"]) for e in events]
 
 
 def test_routing_that_the_pooled_number_hides_is_told_of_once(fit: Any, memory: Any) -> None:
-    """About .98 together and .50 for each kind, in a model in which all kinds see all experts."""
+    """About .98 together and .50 for each kind, where all kinds see all experts; also when it comes and goes."""
     model = tiny_model(num_layers=2)
-    system = load_system("standard_separable", model)  # one softmax over two pools
-    callbacks = [Halves(), LRPhases(), RoutingMonitor(every=1), CollapseAlarm(patience=3)]
-    fit(callbacks, steps=6, loggers=[memory], model=model, system=system)
+    shown = {"model": model, "system": load_system("standard_separable", model)}  # one softmax over two pools
+    callbacks = [Halves(("text",), every=4), LRPhases(), RoutingMonitor(every=1), CollapseAlarm(patience=3)]
+    fit(callbacks, steps=20, loggers=[memory], **shown)
     row = memory.rows()[3]
     assert row["routing/capacity@1/all"] > 0.9
     assert row["routing/capacity@1/vae"] == pytest.approx(0.5, abs=0.02)
-    events = read_events(fit.run_dir)
-    assert [event["step"] for event in events] == [3] * 6
-    assert all("hides in the pooled rate of 0.9" in event["text"] for event in events)
-    assert {event["text"].split(": ")[1] for event in events} == {f"{k} in layer {i}" for i, k in PLACES}
+    told = hidden(fit.run_dir)
+    places = {(step, layer, kind) for step, layer, kind, group in told if group == "all"}
+    assert places == {
+        (3, layer, kind) for layer in (0, 1) for kind in ("text", "vae")
+    }  # vit: few tokens, little to expect
+    assert len(told) == len(set(told))
+    assert "hides in the pooled rate of 0.9" in read_events(fit.run_dir)[0]["text"]
+
+
+def test_in_a_partitioned_system_the_understanding_kinds_are_compared(fit: Any) -> None:
+    """Words on one half of the understanding pool, prompts and read images on the other: `und` looks even."""
+    fit([Halves(("text", "vae")), LRPhases(), RoutingMonitor(every=1), CollapseAlarm(patience=3)], steps=4)
+    assert {(kind, group) for _, _, kind, group in hidden(fit.run_dir)} == {("text", "und")}
+
+
+def test_a_collapse_that_the_pooled_number_shows_is_not_called_hidden(fit: Any) -> None:
+    model = tiny_model(num_layers=2)
+    fit(parts(CollapseAlarm(patience=2)), steps=4, model=model, system=load_system("standard_separable", model))
+    assert alarms(fit.run_dir)
+    assert hidden(fit.run_dir) == []
 
 
 def test_only_the_kinds_that_are_watched_are(fit: Any) -> None:
@@ -154,6 +183,17 @@ def test_rebalance_raises_the_balance_weight_to_its_limit_and_the_module_saves_i
         "balance weight and bias rate stay at their limit, 10 x the config's"
     ]
     assert memory.rows()[10]["alarm/interventions"] == 2
+
+
+def test_rebalance_waits_while_a_phase_has_no_balance_weight(fit: Any) -> None:
+    """Otherwise the factor would grow unseen, and all of it would come at once with the next phase."""
+    phases = [Phase("without", 8, balance=0.0), Phase("with", 12, balance=0.01)]
+    alarm = CollapseAlarm(patience=1, action="rebalance", cooldown=1, limit=64.0)
+    _, module = fit(parts(alarm), steps=12, phases=phases)
+    assert next(e["step"] for e in interventions(fit.run_dir)) == 8  # the first step of the phase that has one
+    assert module.balance_scale <= 64.0
+    texts = [e["text"] for e in read_events(fit.run_dir) if "0 in this phase" in e["text"]]
+    assert len(texts) == 1
 
 
 def test_rebalance_is_refused_where_there_is_nothing_to_raise(fit: Any) -> None:
@@ -268,7 +308,7 @@ def test_stop_ends_behind_a_checkpoint_and_says_so_at_every_start(fit: Any, step
     def callbacks() -> list[Callback]:
         return parts(CollapseAlarm(patience=3, action="stop"), counts, StepCheckpoint(str(folder), every=100))
 
-    with pytest.raises(RunError) as first:
+    with pytest.raises(CollapseStop) as first:
         fit(callbacks(), steps=steps)
     where = "text in layers 0, 1; vae in layers 0, 1; vit in layers 0, 1"
     stopped = f"routing collapse at step 3: {where}; stopped by callbacks.collapse_alarm.action=stop"
@@ -276,7 +316,7 @@ def test_stop_ends_behind_a_checkpoint_and_says_so_at_every_start(fit: Any, step
     assert [e["text"] for e in interventions(fit.run_dir)] == [stopped]
     found = newest_valid(folder)
     assert found == checkpoint_path(folder, 3)
-    with pytest.raises(RunError) as again:
+    with pytest.raises(CollapseStop) as again:
         fit(callbacks(), steps=steps, ckpt_path=found)
     assert str(again.value) == str(first.value)
     assert len(counts.counts) == 3  # micro-batches: none after the restart
@@ -284,7 +324,7 @@ def test_stop_ends_behind_a_checkpoint_and_says_so_at_every_start(fit: Any, step
 
 def test_with_another_action_a_stopped_run_goes_on(fit: Any) -> None:
     folder = fit.run_dir / "checkpoints"
-    with pytest.raises(RunError):
+    with pytest.raises(CollapseStop):
         fit(parts(CollapseAlarm(patience=3, action="stop"), StepCheckpoint(str(folder), every=100)), steps=6)
     trainer, _ = fit(parts(CollapseAlarm(patience=3)), steps=6, ckpt_path=newest_valid(folder))
     assert trainer.global_step == 6
@@ -343,7 +383,7 @@ def test_two_ranks_stop_together_behind_one_checkpoint(fit: Any) -> None:
     folder = fit.run_dir / "checkpoints"
     callbacks = parts(CollapseAlarm(patience=2, action="stop"), StepCheckpoint(str(folder), every=100))
     with pytest.raises(
-        ProcessRaisedException, match=r"\nsymbiotic\.schema\.RunError: routing collapse at step 2: text"
+        ProcessRaisedException, match=r"\nsymbiotic\.schema\.CollapseStop: routing collapse at step 2: text"
     ):
         fit(callbacks, steps=4, micro_batches=2, devices=2)
     assert [path.name for path in checkpoints(folder)] == ["step=000002.ckpt"]

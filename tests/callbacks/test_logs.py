@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from factory import random_batch
 from symbiotic.callbacks.checkpoint import StepCheckpoint, newest_valid
-from symbiotic.callbacks.csv_log import CSVLog, last_values
+from symbiotic.callbacks.csv_log import CSVLog, last_values, read_rows
 from symbiotic.callbacks.log import StepLog, latest_metrics, num_samples
 from symbiotic.callbacks.lr_phases import LRPhases
 from symbiotic.callbacks.routing_monitor import RoutingMonitor
@@ -189,3 +189,17 @@ def test_norms_of_a_frozen_role_are_those_before_it_is_dropped(fit: Any, memory:
     fit([StepLog(every=1), LRPhases()], steps=2, loggers=[memory], phases=phases)
     assert memory.rows()[1]["grad_norm/gen"] > 0
     torch.testing.assert_close(memory.rows()[1]["phase/shield"], 0.0)
+
+
+def test_a_window_of_two_ranks_is_not_counted_twice_after_a_resume(fit: Any) -> None:
+    """Saved are the totals of all ranks; only one of them takes these back."""
+    folder, whole, tail = fit.run_dir / "checkpoints", CSVLog(str(fit.run_dir / "a")), CSVLog(str(fit.run_dir / "b"))
+    parts = [StepLog(every=4), RoutingMonitor(every=4), LRPhases()]
+    fit(parts, steps=4, micro_batches=2, devices=2, loggers=[whole])
+    fit([*parts, StepCheckpoint(str(folder), every=2)], steps=4, stop=2, micro_batches=2, devices=2)
+    fit(parts, steps=4, micro_batches=2, devices=2, loggers=[tail], ckpt_path=newest_valid(folder))
+    rows = [
+        {n: float(v) for n, v in read_rows(log.path)[-1].items() if not n.startswith("speed/")} for log in (whole, tail)
+    ]
+    assert rows[1] == pytest.approx(rows[0], rel=1e-6)
+    assert rows[0]["tokens/vae"] > 0

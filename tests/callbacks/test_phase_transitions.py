@@ -55,9 +55,18 @@ def test_only_logged_steps_count(fit: Any) -> None:
 
 
 def test_a_metric_that_is_never_logged_is_an_error_at_the_phase_s_last_step(fit: Any) -> None:
-    when = Condition("routing/nothing", above=0.0)
-    with pytest.raises(ConfigError, match=r"phases\.list\[0\]\.when\.metric=routing/nothing: was never logged"):
-        fit(callbacks(), steps=8, phases=phases(when, 4))
+    with pytest.raises(ConfigError, match=r"phases\.list\[0\]\.when\.metric=eval/nothing: was never logged"):
+        fit(callbacks(), steps=8, phases=phases(Condition("eval/nothing", above=0.0), 4))
+
+
+def test_a_misspelt_metric_is_an_error_at_the_first_log(fit: Any) -> None:
+    with pytest.raises(ConfigError, match=r"train/cee: is not logged; did you mean 'train/ce'"):
+        fit(callbacks(), steps=8, phases=phases(Condition("train/cee", above=0.0), 6))
+
+
+def test_a_condition_that_holds_only_at_the_last_step_is_recorded_as_such(fit: Any) -> None:
+    fit(callbacks(every=4), steps=8, phases=phases(Condition("train/ce", above=0.0), 4))
+    assert "held there" in read_events(fit.run_dir)[0]["text"]
 
 
 @pytest.mark.parametrize("stop", [2, 4])

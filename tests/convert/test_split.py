@@ -143,6 +143,13 @@ def test_a_fresh_router_and_random_generation_experts_are_drawn_and_nothing_else
         assert not torch.equal(other[next(iter(different))], state[next(iter(different))])
 
 
+def test_a_fresh_router_is_not_the_one_that_the_parent_started_from() -> None:
+    """The parent's and the child's router have one name in standard_moe."""
+    parent, child, assignment, _ = split("standard_moe")
+    state = split_state(parent.state_dict(), child, assignment, seed=0, init=Init(router="fresh"))
+    assert not torch.equal(state["blocks.0.moe.routers.all"], parent.blocks[0].moe.routers["all"])  # as initialised
+
+
 def test_shared_experts_that_the_system_lacks_are_removed_from_the_parent() -> None:
     model = tiny_model()
     system = load_system("symbiotic", model, shared={"all": None}, shield={"mode": "none"})

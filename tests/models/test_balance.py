@@ -39,18 +39,18 @@ def test_per_router_and_global_by_hand() -> None:
 def test_a_kind_without_weight_takes_no_part_and_equal_weights_change_nothing() -> None:
     stats = planted()
     without_vit = Balance(kinds={"vit": 0.0})
-    und = 2 * (7 / 10 * 6 / 10 + 3 / 10 * 4 / 10)
+    und = 2 * (7 / 10 * 6 / 10 + 3 / 10 * 4 / 10) * 10 / 14  # the router counts by the mean weight of its tokens
     gen = 2 * (9 / 12 * 8 / 12 + 3 / 12 * 4 / 12)
     assert float(balance_loss(stats, ROUTERS, VISIBLE, without_vit)) == pytest.approx((und + gen) / 2)
-    assert float(balance_loss(stats, ROUTERS, VISIBLE, Balance(kinds={"vae": 0.0}))) == pytest.approx(
-        2 * (9 / 14 * 7 / 14 + 5 / 14 * 7 / 14)
-    )
+    twice = balance_loss(stats, ROUTERS, VISIBLE, Balance(kinds={"vae": 2.0}))
+    whole = 2 * (9 / 14 * 7 / 14 + 5 / 14 * 7 / 14)
+    assert float(twice) == pytest.approx((whole + 2 * gen) / 2)  # a kind with a router of its own is heard too
+    assert float(balance_loss(stats, ROUTERS, VISIBLE, Balance(kinds={"vae": 0.0}))) == pytest.approx(whole / 2)
     ones = Balance(kinds=dict.fromkeys(("text", "prompt", "vit", "vae"), 1.0))
     assert torch.equal(balance_loss(stats, ROUTERS, VISIBLE, ones), balance_loss(stats, ROUTERS, VISIBLE))
     tiny = Balance(kinds=dict.fromkeys(("text", "prompt", "vit", "vae"), 1e-3))
-    assert float(balance_loss(stats, ROUTERS, VISIBLE, tiny)) == pytest.approx(
-        float(balance_loss(stats, ROUTERS, VISIBLE))
-    )
+    expected = 1e-3 * float(balance_loss(stats, ROUTERS, VISIBLE))
+    assert float(balance_loss(stats, ROUTERS, VISIBLE, tiny)) == pytest.approx(expected)
 
 
 def test_one_router_makes_both_scopes_the_same() -> None:

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 
+from symbiotic.callbacks.collapse_alarm import HIDDEN
 from symbiotic.schema import KINDS
 from symbiotic.training.collapse import (
     Reading,
     Settings,
     State,
     acted,
+    behind_pooled,
     collapse_floor,
     due,
     names,
@@ -159,3 +161,19 @@ def test_the_state_survives_a_file_of_plain_values() -> None:
 
 def test_places_are_named_by_kind() -> None:
     assert names([(2, "vae"), (0, "vae"), (1, "text")]) == "text in layer 1; vae in layers 0, 2"
+
+
+@pytest.mark.parametrize(
+    ("num_experts", "top_k", "tokens"), [(12, 2, 2000), (16, 2, 400), (128, 8, 256), (256, 8, 1024), (64, 1, 1024)]
+)
+def test_half_of_the_experts_each_is_hidden_at_any_size(num_experts: int, top_k: int, tokens: int) -> None:
+    """Two kinds on one half each: pooled as even as can be, .50 per kind."""
+    half = torch.zeros(num_experts, dtype=torch.double)
+    half[: num_experts // 2] = 2 * top_k * tokens / num_experts
+    visible = torch.ones(num_experts, dtype=torch.bool)
+    rates = [float(capacity_rate(counts, visible)) for counts in (half, half + half.flip(0))]
+    assert rates[0] == pytest.approx(0.5, abs=0.01)
+    own = Reading(rates[0], random_capacity_rate(tokens, top_k, num_experts), collapse_floor(top_k, num_experts))
+    whole = Reading(rates[1], random_capacity_rate(2 * tokens, top_k, num_experts), 0.0)
+    assert behind_pooled({(0, "vae"): own}, {0: whole})[0, "vae"] < HIDDEN
+    assert behind_pooled({(0, "vae"): own}, {0: own}) == {(0, "vae"): 1.0}

@@ -16,7 +16,7 @@ from symbiotic.callbacks.routing_monitor import RoutingMonitor
 from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import visible_pools
 from symbiotic.models.moe import MoE
-from symbiotic.schema import KINDS, Config, ConfigError, RunError
+from symbiotic.schema import KINDS, CollapseStop, Config, ConfigError, Phase
 from symbiotic.training.collapse import (
     Place,
     Reading,
@@ -34,10 +34,12 @@ from symbiotic.training.collapse import (
 )
 from symbiotic.training.phases import active_phases
 from symbiotic.training.revive import choose_donors, not_revivable, pool_loads, revive_experts
+from symbiotic.training.routing_metrics import GROUPS
 
 ACTIONS = ("warn", "rebalance", "revive", "stop")
 KEY = "callbacks.collapse_alarm"
-HIDDEN = 0.5  # evenness of a kind below which a pooled number that looks healthy misleads
+POOLED = {group: tuple(KINDS[m] for m in GROUPS[group]) for group in ("und", "all")}
+HIDDEN = 0.56  # share of the random rate below which a kind is told of that a healthy pooled number hides
 
 
 class CollapseAlarm(StepCallback):
@@ -52,17 +54,18 @@ class CollapseAlarm(StepCallback):
     - `revive`: in the pools that the kind sees, experts with less than `dead` of the mean load become copies of busy
       ones, `spread` apart in the router (`training.revive`); again after `cooldown` logs. Pools of a frozen role are
       left alone, and an expert that other kinds use is not dead;
-    - `stop`: training ends after this step, behind its checkpoint, with a RunError; so does every restart.
+    - `stop`: training ends after this step, behind its checkpoint, with CollapseStop (exit status 3); so does every
+      restart.
 
-    A kind that stays below `HIDDEN` while its layer looks even with all kinds taken together is told of once, without
-    an action: pooled numbers hide it. Every change is an event of the run record. Logs `alarm/raised` (places whose
-    alarm is raised) and `alarm/interventions` (so far). Rank 0's numbers decide. List it behind `BalanceBias`, before
-    what evaluates.
+    A kind that stays below `HIDDEN` of the random rate while its layer looks even with several kinds taken together
+    (`und`, `all`) is told of once, without an action: the pooled number hides it. Every change is an event of the run
+    record. Logs `alarm/raised` (places whose alarm is raised) and `alarm/interventions` (so far). Rank 0's numbers
+    decide. List it behind `BalanceBias`, before what evaluates.
     capacity_factor: whose capacity rate is read, one of the monitor's factors.
 
     Raises:
         ConfigError: a setting out of range, no monitor that logs what is needed, or an action that cannot act here.
-        RunError: the action is `stop`, and it was taken.
+        CollapseStop: the action is `stop`, and it was taken.
     """
 
     def __init__(
@@ -92,7 +95,8 @@ class CollapseAlarm(StepCallback):
         self.settings, self.action, self.kinds = Settings(ratio, clear, patience), action, tuple(kinds)
         self.factor, self.limit, self.cooldown, self.dead, self.spread = factor, limit, cooldown, dead, spread
         self.capacity_factor, self.metric = capacity_factor, f"capacity@{capacity_factor:g}"
-        self.state, self.hidden, self.window = State(), State(), Window()
+        self.state, self.window = State(), Window()
+        self.hidden = {group: State() for group in POOLED}
         self.told: list[str] = []  # what is said once
         self.interventions, self.stopped = 0, ""
 
@@ -121,7 +125,6 @@ class CollapseAlarm(StepCallback):
         seen_M, top_k = model.visible_experts.sum(1).tolist(), model.cfg.router.top_k
         seen = {kind: seen_M[KINDS.index(kind)] for kind in self.kinds}
         self.floors = {kind: collapse_floor(top_k, e, self.capacity_factor) for kind, e in seen.items()}
-        self.pooled_floor = {"all": collapse_floor(top_k, model.visible_experts.shape[1], self.capacity_factor)}
         reason = not_revivable(self.layers, trainer.optimizers) if self.action == "revive" else None
         if reason:
             raise ConfigError(f"{KEY}.action=revive: cannot copy experts here, {reason}; choose another action")
@@ -130,7 +133,7 @@ class CollapseAlarm(StepCallback):
         """A run that was stopped does not go on: it ends, or ends again."""
         if self.stopped and self.action == "stop":
             folders = [str(c.folder) for c in trainer.checkpoint_callbacks if isinstance(c, StepCheckpoint)]
-            raise RunError(f"{self.stopped}; checkpoint in {folders[0]}" if folders else self.stopped)
+            raise CollapseStop(f"{self.stopped}; checkpoint in {folders[0]}" if folders else self.stopped)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.end(trainer)
@@ -143,7 +146,7 @@ class CollapseAlarm(StepCallback):
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         logged = logged_at(trainer, step)
-        both = [readings(logged, self.metric, floors) for floors in (self.floors, self.pooled_floor)]
+        both = [readings(logged, self.metric, floors) for floors in (self.floors, dict.fromkeys(POOLED, 0.0))]
         if not both[0]:
             return
         found, pooled = trainer.strategy.broadcast(both)
@@ -165,11 +168,18 @@ class CollapseAlarm(StepCallback):
 
     def unmask(self, trainer: Trainer, step: int, found: dict[Place, Reading], pooled: dict[Place, Reading]) -> None:
         settings = Settings(HIDDEN, HIDDEN, self.settings.patience)
-        self.hidden, raised, _ = update(self.hidden, behind_pooled(found, pooled), settings)
-        for place in raised:
-            whole = pooled[place[0], "all"]
-            text = f"uneven routing hides in the pooled rate of {whole.rate:.2f}: {names([place])}: {found[place]}"
-            self.tell(trainer, step, text)
+        for group, kinds in POOLED.items():
+            whole = {layer: reading for (layer, name), reading in pooled.items() if name == group}
+            inside = {place: reading for place, reading in found.items() if place[1] in kinds}
+            self.hidden[group], raised, _ = update(self.hidden[group], behind_pooled(inside, whole), settings)
+            for layer, kind in raised:
+                key, reading = f"hidden: {kind} in layer {layer}, {group}", found[layer, kind]
+                if key not in self.told:
+                    self.told.append(key)
+                    pooled_rate = f"the pooled rate of {whole[layer].rate:.2f} ({group})"
+                    text = f"uneven routing hides in {pooled_rate}: {names([(layer, kind)])}: {reading}"
+                    where = {"layer": layer, "token_kind": kind, "pooled": group}
+                    record_event(trainer, step, "hidden", text, capacity=reading.rate, random=reading.random, **where)
 
     def report(self, trainer: Trainer, step: int, place: Place, reading: Reading) -> None:
         raised = place in self.state.raised
@@ -192,6 +202,9 @@ class CollapseAlarm(StepCallback):
 
     def rebalance(self, trainer: Trainer, pl_module: LightningModule, step: int, places: list[Place]) -> None:
         if not due(self.state, "balance", self.cooldown):
+            return
+        if not _balanced_in(config_of(pl_module), phase_of(pl_module, step)):
+            self.tell(trainer, step, "rebalance: balance weight and bias rate are 0 in this phase, nothing is raised")
             return
         self.state = acted(self.state, "balance")
         module = cast(Any, pl_module)
@@ -242,11 +255,12 @@ class CollapseAlarm(StepCallback):
 
     def state_dict(self) -> dict[str, Any]:
         told, count, stopped = list(self.told), self.interventions, self.stopped
-        states = {"state": plain(self.state), "hidden": plain(self.hidden)}
+        states = {"state": plain(self.state), "hidden": {g: plain(state) for g, state in self.hidden.items()}}
         return states | {"told": told, "interventions": count, "stopped": stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.state, self.hidden = restored(state_dict["state"]), restored(state_dict["hidden"])
+        self.state = restored(state_dict["state"])
+        self.hidden = {group: restored(state) for group, state in state_dict["hidden"].items()}
         self.told = list(state_dict["told"])
         self.interventions, self.stopped = int(state_dict["interventions"]), str(state_dict["stopped"])
 
@@ -264,9 +278,12 @@ def _require(holds: bool, name: str, value: Any, right: str) -> None:
 
 def _balanced(config: Config) -> bool:
     """Whether raising the balance weight or the bias rate changes anything, in some phase."""
-    own, listed = config.objective.balance_weight, active_phases(config.phases)
-    weights = [own if phase.balance is None else phase.balance for phase in listed]
-    return max(weights) > 0 or config.objective.balance.bias_rate > 0
+    return any(_balanced_in(config, phase) for phase in active_phases(config.phases))
+
+
+def _balanced_in(config: Config, phase: Phase) -> bool:
+    weight = config.objective.balance_weight if phase.balance is None else phase.balance
+    return weight > 0 or config.objective.balance.bias_rate > 0
 
 
 def _target(layer: int, pool: str) -> str:

@@ -19,7 +19,7 @@ Event = dict[str, Any]
 def record_event(trainer: Trainer, step: int, kind: str, text: str, **data: Any) -> None:
     """Add an event to the record of the run (rank 0) and print its text. `step` counts finished optimiser steps.
 
-    kind: `phase`, `alarm`, `intervention` or `self_check`. data: plain values.
+    kind: `phase`, `alarm`, `hidden`, `intervention` or `self_check`. data: plain values.
     """
     if not trainer.is_global_zero:
         return

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from contextlib import nullcontext
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -64,11 +64,18 @@ class GradientConflict(Probing):
         if step == 1 or step % self.every == 0:
             level = float(cast(Tensor, pl_module.shield))  # waits for the step, so that the clock starts behind it
             start = time.perf_counter()
-            metrics = self.measure(trainer, pl_module, level)
+            with self.eager(pl_module):
+                metrics = self.measure(trainer, pl_module, level)
             seconds = time.perf_counter() - start
             log_metrics(trainer, {**metrics, "speed/gradient_conflict": seconds}, step)
             self.report(trainer, seconds)
         self._clock = time.perf_counter()
+
+    def eager(self, pl_module: LightningModule) -> AbstractContextManager[Any]:
+        """Around forward and backward: compiled, the training's blocks would be compiled again for the probe's shapes,
+        and recomputed blocks must be of the same make as those of the forward."""
+        compiled = config_of(pl_module).compile != "none"
+        return cast(Any, torch.compiler.set_stance)("force_eager") if compiled else nullcontext()
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, level: float) -> dict[str, float]:
         """The metrics of this moment, by one transfer to the host. level: of the shield."""
@@ -92,11 +99,9 @@ class GradientConflict(Probing):
         return squares(task_gradients({"generation": losses["generation"]}, wanted)["generation"], wanted)
 
     def losses(self, trainer: Trainer, pl_module: LightningModule, shield: Tensor | None) -> dict[str, Tensor]:
-        """Task -> its loss on the probe, weighed and computed (autocast) as in training, but never compiled: that could
-        compile the training's blocks again for the probe's shapes."""
+        """Task -> its loss on the probe, weighed and computed (autocast) as in training."""
         model, config = cast(UnifiedModel, pl_module.model), config_of(pl_module)
-        eager = nullcontext() if config.compile == "none" else torch.compiler.set_stance("force_eager")
-        with torch.enable_grad(), trainer.precision_plugin.train_step_context(), eager:
+        with torch.enable_grad(), trainer.precision_plugin.train_step_context():
             _, terms = training_terms(model, self._batch, config.objective, shield)
         weights = term_weights(config.objective)
         return {task: weights[term] * terms[term] for task, term in TASK_TERMS.items()}

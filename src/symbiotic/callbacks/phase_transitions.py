@@ -9,8 +9,11 @@ from lightning.pytorch import LightningModule, Trainer
 from symbiotic.callbacks.events import record_event
 from symbiotic.callbacks.log import logged_at
 from symbiotic.callbacks.step import StepCallback, config_of
-from symbiotic.schema import ConfigError
+from symbiotic.schema import ConfigError, near_miss
 from symbiotic.training.phases import active_phases, bounds, holds, phase_index
+
+EVERY_LOG = ("train/", "routing/")
+"""First parts of the names of metrics that are logged at every log: one that is missing then is misspelt."""
 
 
 class PhaseTransitions(StepCallback):
@@ -20,7 +23,7 @@ class PhaseTransitions(StepCallback):
     of logs. List it behind the callbacks that log.
 
     Raises:
-        ConfigError: at the end of such a phase, when its metric was never logged.
+        ConfigError: the metric of a phase is not logged: at the first log where that is certain, else at its end.
     """
 
     def __init__(self) -> None:
@@ -43,12 +46,16 @@ class PhaseTransitions(StepCallback):
                 text = f"phase {phase.name} ends: {phase.when.metric} = {value:.4g} ({bounds(phase.when)})"
                 record_event(trainer, step, "phase", text, phase=phase.name, metric=phase.when.metric, value=value)
                 self.seen, self.found = 0, False
+        elif metrics and not self.found and phase.when.metric.startswith(EVERY_LOG):
+            near = near_miss(phase.when.metric, metrics)
+            raise ConfigError(f"phases.list[{index}].when.metric={phase.when.metric}: is not logged; {near}")
         if step == phase.until:
             if not self.found:
                 logged = ", ".join(sorted(metrics)[:8]) or "nothing"
                 never = f"was never logged in the phase {phase.name}; logged at step {step}: {logged}, …"
                 raise ConfigError(f"phases.list[{index}].when.metric={phase.when.metric}: {never}")
-            text = f"phase {phase.name} ends at its last step; its condition did not hold ({bounds(phase.when)})"
+            how = "held there" if self.seen >= phase.when.logs else "did not hold"
+            text = f"phase {phase.name} ends at its last step; its condition {how} ({bounds(phase.when)})"
             record_event(trainer, step, "phase", text, phase=phase.name, metric=phase.when.metric)
             self.seen, self.found = 0, False
 

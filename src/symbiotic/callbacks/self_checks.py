@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from symbiotic.callbacks.events import record_event
-from symbiotic.callbacks.step import Probing, config_of, phase_of
+from symbiotic.callbacks.step import Probing, config_of
 from symbiotic.layout import experts_seen, pool_sizes, visible_pools
 from symbiotic.models.batch import IGNORE, Batch
 from symbiotic.models.routing import RoutingStats
 from symbiotic.objectives.total import term_weights, training_terms
 from symbiotic.schema import KINDS, Balance, ConfigError, Model, System
+from symbiotic.training.phases import active_phases
 
 TOLERANCE = 1e-4  # relative: float32 sums over the tokens of a micro-batch
 
@@ -44,7 +45,8 @@ class SelfChecks(Probing):
 
     - the balance loss that a step returned is not the one that its counts and probabilities make (`recount_balance`,
       every `every` optimiser steps, on the last micro-batch of each rank), or
-    - before the first step, a loss term with a weight has no gradient on any parameter, on the probe batch
+    - before the first step, a loss term with a weight in some phase has no gradient on any parameter, on the probe
+      batch
       (`without_gradient`; not where parameters are sharded).
 
     That counts add up to k assignments a token is checked by `RoutingMonitor`, on what it logs.
@@ -61,7 +63,10 @@ class SelfChecks(Probing):
         if trainer.global_step or self.probe is None or any(isinstance(p, DTensor) for p in model.parameters()):
             return
         config = config_of(pl_module)
-        weights = term_weights(config.objective, phase_of(pl_module, 0).balance)
+        own = config.objective.balance_weight
+        weights = term_weights(
+            config.objective, max(own if p.balance is None else p.balance for p in active_phases(config.phases))
+        )
         possible = possible_terms(self.probe, config.model, config.system, config.objective.balance)
         batch = self.probe.to(pl_module.device)
         with probing(trainer, pl_module), torch.enable_grad():
@@ -110,7 +115,8 @@ def recount_balance(stats: RoutingStats, model: Model, system: System, cfg: Bala
     """The balance loss by its definition, in double precision, router by router; nothing shared with `models.balance`.
 
     Per layer and router: n times the sum over its experts of (share of the assignments) x (mean probability), over the
-    tokens of the kinds that use the router, weighed by kind.
+    tokens of the kinds that use the router, weighed by kind; times the mean weight of these tokens, over the number of
+    routers with any.
     """
     counts, probs, tokens = (value.detach().cpu().double() for value in (stats.counts, stats.probs, stats.tokens))
     sizes, pools = pool_sizes(model, system), visible_pools(system)
@@ -119,16 +125,18 @@ def recount_balance(stats: RoutingStats, model: Model, system: System, cfg: Bala
         routers.setdefault("one" if cfg.scope == "global" else frozenset(system.visible[kind]), []).append(kind)
     layers = []
     for counts_ME, probs_ME in zip(counts, probs, strict=True):
-        values = []
+        values, used = [], 0
         for kinds in routers.values():
             weights = {KINDS.index(kind): cfg.kinds.get(kind, 1.0) for kind in kinds}
             number = float(sum(w * tokens[m] for m, w in weights.items()))
+            everyone = float(sum(tokens[m] for m in weights))
+            used += everyone > 0
             if number > 0:
                 assigned = torch.stack([w * counts_ME[m] for m, w in weights.items()]).sum(0)
                 mean = torch.stack([w * probs_ME[m] for m, w in weights.items()]).sum(0) / number
                 num_experts = sum(sizes[pool] for pool in {pool for kind in kinds for pool in pools[kind]})
-                values.append(num_experts * float((assigned / assigned.sum()) @ mean))
-        layers.append(sum(values) / max(1, len(values)))
+                values.append(num_experts * float((assigned / assigned.sum()) @ mean) * number / everyone)
+        layers.append(sum(values) / max(1, used))
     return sum(layers) / (max(1, len(layers)) if cfg.reduction == "mean" else 1)
 
 

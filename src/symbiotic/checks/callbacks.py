@@ -40,6 +40,10 @@ def _alarm(config: Config) -> None:
         return
     if config.callbacks.get("routing_monitor") is None:
         raise ConfigError("callbacks.routing_monitor=null: callbacks.collapse_alarm reads its log; set both to null")
+    monitor, wanted = config.callbacks["routing_monitor"] or {}, alarm.get("capacity_factor", 1.0)
+    if not monitor.get("per_layer", True) or wanted not in monitor.get("factors", [1.0]):
+        needs = f"needs routing_monitor.per_layer=true and {wanted:g} among routing_monitor.factors, or be set to null"
+        raise ConfigError(f"callbacks.collapse_alarm: {needs}")
     key, action = "callbacks.collapse_alarm.action", str(alarm.get("action", "warn"))
     known(key, [action], ACTIONS, "action")
     if action != "warn" and not config.system.pools:

@@ -13,6 +13,7 @@ from typing import Any
 
 from symbiotic.layout import kinds_of, parameter_names, shared_scopes, shield_kinds
 from symbiotic.schema import Config, ConfigError
+from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 
 
@@ -41,8 +42,16 @@ def _shield_level(s: Setting, key: str) -> str | None:
     return (None if s.refers("phases.list", key) else "no entry of phases.list refers to it") or _generation(s, key)
 
 
-def _phase_steps(s: Setting, key: str) -> str | None:
-    return None if s.refers("phases.list", key) else "no entry of phases.list refers to it"
+def _shield_mode(s: Setting, key: str) -> str | None:
+    levels = any(phase.shield for phase in s.config.phases.list)
+    return None if levels or s.config.system.shield.mode == "none" else "no phase has a shield level above 0"
+
+
+def _balance(s: Setting, key: str) -> str | None:
+    own = s.config.objective.balance_weight
+    weights = any(own if phase.balance is None else phase.balance for phase in s.config.phases.list)
+    bias = key.endswith("bias_rate")
+    return _routed(s, key) or (None if weights or bias else "the balance loss has weight 0 in every phase")
 
 
 def _shield_targets(s: Setting, key: str) -> str | None:
@@ -105,7 +114,8 @@ def _stage0(s: Setting, key: str) -> str | None:
 
 def _generation(s: Setting, key: str) -> str | None:
     mix = s.config.mix
-    trained = [name for name, weight in mix.weights.items() if weight > 0 and name not in mix.drop]
+    mixes = [weights for _, weights in mix_schedule(s.config.phases, mix)]
+    trained = [name for weights in mixes for name, weight in weights.items() if weight > 0 and name not in mix.drop]
     return None if any(name.startswith("t2i") for name in trained) else "the mix trains no generation samples"
 
 
@@ -119,7 +129,6 @@ def _role(s: Setting, key: str) -> str | None:
 
 
 RULES: dict[str, Rule] = {
-    "phases.steps": _phase_steps,
     "phases.shield_steps": _shield_level,
     "phases.release_scale": _shield_level,
     "system.shield.targets*": _shield_targets,
@@ -132,7 +141,8 @@ RULES: dict[str, Rule] = {
     "objective.z_weight": _routed,
     "init.stage0.balance_weight": _routed,
     "model.router.bias": _bias,
-    "objective.balance.*": _routed,
+    "system.shield.mode": _shield_mode,
+    "objective.balance.*": _balance,
     "objective.balance.scope": _routers,
     "surgery.roles": _surgery,
     "surgery.cagrad_c": _surgery,

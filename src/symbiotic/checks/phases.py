@@ -56,6 +56,8 @@ def _condition(key: str, when: Condition) -> None:
     at_least(when, f"{key}.", 1, "logs")
     if when.above is None and when.below is None:
         raise ConfigError(f"{key}: must have a bound; set above or below")
+    if when.above is not None and when.below is not None:
+        require(when.above < when.below, f"{key}.above", when.above, f"must be less than below={when.below:g}")
     if not when.metric.startswith(LOGGED):
         near = near_miss(when.metric.split("/")[0] + "/", LOGGED)
         raise ConfigError(f"{key}.metric={when.metric}: no logged metric that a phase may end by; {near}")

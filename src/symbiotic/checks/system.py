@@ -100,7 +100,5 @@ def _shield(system: System) -> None:
         if target not in names:
             raise ConfigError(f"{key}: no such component of system={system.name}; {near_miss(target, names)}")
         known(key, kinds or (), KINDS, "kind of token")
-        if shield.mode == "weights" and target.startswith("pools."):
-            raise ConfigError(f"system.shield.mode=weights: cannot shield {target}; pools take output or strict")
     right = f"system={system.name} has no shield targets; must be none, or name targets in system.shield.targets"
     require(shield.mode == "none" or any(shield.targets.values()), "system.shield.mode", shield.mode, right)

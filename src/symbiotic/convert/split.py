@@ -23,6 +23,8 @@ Assignment = list[dict[str, list[int]]]
 LATENT_MODULES = ("latent_in.", "latent_grid.", "time_in.", "latent_head.")
 """Name prefixes of what generation adds to every system."""
 
+FRESH = 1_000_033  # added to the seed of what is drawn anew at the split
+
 UNDERSTOOD = ("text", "vit")
 """The kinds whose use of the experts is profiled."""
 
@@ -90,7 +92,9 @@ def split_state(
     experts = {layer: assignment[n] for n, layer in enumerate(moe_layers)} if assignment else {}
     pools, state = router_pools(child.system), {}
     for name, empty in child.state_dict().items():
-        if (name.startswith(LATENT_MODULES) and name not in parent) or is_fresh(name, child.system, init):
+        if is_fresh(name, child.system, init):  # a parent's parameter of the same name started from (seed, name)
+            state[name] = initial(name, empty, seed + FRESH, cfg.init_std, cfg.num_layers)
+        elif name.startswith(LATENT_MODULES) and name not in parent:
             state[name] = initial(name, empty, seed, cfg.init_std, cfg.num_layers)
         elif name.endswith(".moe.bias"):
             layer = int(name.split(".")[1])

@@ -16,13 +16,15 @@ def balance_loss(stats: RoutingStats, routers_RM: Tensor, visible_ME: Tensor, cf
     """`n_g * sum_i f_i P_i` per router g and layer, averaged over the routers that had tokens, and over the layers.
 
     f_i is the share of the router's assignments that expert i got, P_i the mean router probability (Switch,
-    arXiv 2101.03961, eq. 4-6, per router as in Symbiotic-MoE). It is 1 when f or P is uniform. Returns [].
+    arXiv 2101.03961, eq. 4-6, per router as in Symbiotic-MoE). It is 1 when f or P is uniform. Returns []. A router
+    counts by the mean weight of its tokens' kinds (ours).
     routers_RM: which kinds share a router. cfg: scope, reduction and weights of the kinds (see `schema.Balance`).
     """
     cfg = cfg or Balance()
     if stats.counts.shape[0] == 0:
         return stats.probs.sum()
     members_RM = torch.ones_like(routers_RM[:1]) if cfg.scope == "global" else routers_RM
+    present_R = members_RM @ stats.tokens
     experts_R = ((members_RM @ visible_ME.to(members_RM.dtype)) > 0).sum(-1)
     if cfg.kinds:
         weights = [cfg.kinds.get(kind, 1.0) for kind in KINDS]
@@ -34,8 +36,10 @@ def balance_loss(stats: RoutingStats, routers_RM: Tensor, visible_ME: Tensor, cf
     share_LRE = counts_LRE / counts_LRE.sum(-1, keepdim=True).clamp(min=smallest)
     mean_LRE = probs_LRE / tokens_R[:, None].clamp(min=smallest)
     per_router_LR = experts_R * (share_LRE * mean_LRE).sum(-1)
-    present_R = (tokens_R > 0).to(per_router_LR.dtype)
-    per_layer_L = (per_router_LR * present_R).sum(-1) / present_R.sum().clamp(min=1.0)
+    weight_R = tokens_R / present_R.clamp(
+        min=smallest
+    )  # of its tokens on average; without weights 1, or 0 if it has none
+    per_layer_L = (per_router_LR * weight_R).sum(-1) / (present_R > 0).sum().clamp(min=1)
     return per_layer_L.mean() if cfg.reduction == "mean" else per_layer_L.sum()
 
 

@@ -1,5 +1,5 @@
-"""Finished runs side by side: `python -m symbiotic.studies.compare RUNS [--steps 300 450] [--csv results.csv]`, and what
-they logged: `--metrics leak/all routing/layer*/capacity@1/vae --between 400 450`.
+"""Finished runs side by side: `python -m symbiotic.studies.compare RUNS [--steps 300 450] [--csv results.csv]`, and
+what they logged: `--metrics leak/all routing/layer*/capacity@1/vae --between 400 450`.
 
 Runs whose configs differ in the seed only are one arm; an arm is named by what sets it apart from the others. A score
 is the mean over the arm's seeds and their sample standard deviation (none with one seed). An arm in which a collapse
@@ -107,7 +107,7 @@ def arms(runs: Sequence[Run]) -> list[Arm]:
     varying = [key for key in NAMES if len({repr(f.get(key)) for f in flats}) > 1]
     found: dict[str, Arm] = {}
     for run, values in sorted(zip(runs, flats, strict=True), key=lambda pair: pair[0].config["seed"]):
-        identity = repr(sorted(values.items(), key=lambda item: item[0]))
+        identity = repr(sorted((k, v) for k, v in values.items() if acts(k, values)))
         ablations = [f"ablation {name}" for name in run.config.get("ablation") or ()]
         name = ", ".join([*(text for key in varying if (text := label(key, values.get(key)))), *ablations])
         found.setdefault(identity, Arm(name or run.config["system"]["name"])).runs.append(run)
@@ -115,6 +115,12 @@ def arms(runs: Sequence[Run]) -> list[Arm]:
         if any(run.summary.get("events", {}).get("intervention") for run in arm.runs):
             arm.name += " (its alarm intervened)"
     return sorted(found.values(), key=lambda arm: arm.name)
+
+
+def acts(key: str, values: Mapping[str, Any]) -> bool:
+    """Whether a key may change the training: instruments do not, but for an alarm that acts."""
+    alarm = "callbacks.collapse_alarm."
+    return not key.startswith("callbacks.") or (key.startswith(alarm) and values.get(f"{alarm}action") != "warn")
 
 
 def label(key: str, value: Any) -> str:

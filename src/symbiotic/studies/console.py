@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from symbiotic.layout import shield_kinds
-from symbiotic.schema import Config, Schedule
+from symbiotic.schema import Config
 from symbiotic.studies.inventory import SHOWN_KINDS, Component
 from symbiotic.training.phases import active_phases, bounds, role_factor, role_rates
 
@@ -100,7 +100,8 @@ def mix_text(mix: Mapping[str, float] | None) -> str:
 
 def rate_groups(config: Config, roles: Sequence[str]) -> list[list[str]]:
     """Roles whose rates agree in every phase, together; in the order of the config."""
-    starts = sorted({0, *(p.until for p in active_phases(config.phases)[:-1]), *range(0, config.phases.steps, 7)})
+    total = config.phases.steps
+    starts = sorted({0, total - 1, *(p.until for p in active_phases(config.phases)[:-1]), *looked_at(0, total)})
     groups: dict[tuple[float, ...], list[str]] = {}
     by_start = [role_rates(config.rates, config.phases, step, roles) for step in starts]
     for role in roles:
@@ -108,13 +109,15 @@ def rate_groups(config: Config, roles: Sequence[str]) -> list[list[str]]:
     return list(groups.values())
 
 
+def looked_at(first: int, until: int) -> range:
+    """At most about 500 steps of a stretch, evenly spread."""
+    return range(first, until, 1 + (until - first) // 500)
+
+
 def rate_text(config: Config, role: str, first: int, until: int) -> str:
     """`1e-05 → 3e-04`: the rate at the first and last step of a phase, and the peak between where it is neither."""
     rates, total = config.rates, config.phases.steps
-    own = rates.schedules.get(role, Schedule())
-    warmup, decay = (own.warmup or rates.warmup, own.decay or rates.decay)
-    corners = {first, until - 1, warmup - 1, total - round(decay * total)}
-    steps = sorted(step for step in corners if first <= step < until)
+    steps = sorted({first, until - 1, *looked_at(first, until)})
     peak = max(steps, key=lambda step: role_factor(rates, total, step, role))
     values = [f"{role_rates(rates, config.phases, step, [role])[role]:.1e}" for step in (first, peak, until - 1)]
     kept = [value for i, value in enumerate(values) if i == 0 or value != values[i - 1]]

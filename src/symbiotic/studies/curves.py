@@ -14,13 +14,20 @@ from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 Series = tuple[list[int], list[float]]
 """Steps and values of a metric."""
 
+EVENT_LINES: dict[str, dict[str, Any]] = {
+    "phase": {"color": "grey", "linewidth": 0.8, "linestyle": "--"},
+    "alarm": {"color": "red", "linewidth": 0.6, "linestyle": ":"},
+    "intervention": {"color": "red", "linewidth": 0.8},
+}
+KIND_COLOURS = {"words": "C0", "prompts": "C1", "read patches": "C2", "latents": "C3"}
 KIND_NAMES = {"text": "words", "prompt": "prompts", "vit": "read patches", "vae": "latents"}
 
 
 def draw_instruments(folder: Path, path: Path) -> Path | None:
     """Losses, capacity by kind with its random baseline, drift, leak, conflicts and balance of one run, as a PNG.
 
-    Panels without a logged metric are left out; None when nothing was logged. Events stand as lines in every panel.
+    Panels without a logged metric are left out; None when nothing was logged. Events stand as lines in every panel:
+    grey where a phase ended by a metric, red dashes for alarms, red for interventions.
     """
     from matplotlib.figure import Figure
 
@@ -30,7 +37,7 @@ def draw_instruments(folder: Path, path: Path) -> Path | None:
         return None
     figure = Figure(figsize=(11, 2.1 * -(-len(panels) // 2) + 0.6), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).reshape(-1)
-    events = [event for event in read_events(folder) if event["kind"] in ("phase", "alarm", "intervention")]
+    events = [event for event in read_events(folder) if event["kind"] in EVENT_LINES]
     last = max(step for _, chosen in panels for steps, _ in chosen.values() for step in steps)
     for axis, (title, chosen) in zip(axes, panels, strict=False):
         _panel(axis, title, chosen, events)
@@ -73,9 +80,12 @@ def _panel(axis: Any, title: str, chosen: Mapping[str, Series], events: Sequence
         if label.endswith("by chance"):
             axis.plot(steps, values, color=axis.lines[-1].get_color(), linestyle=":", linewidth=1)
         else:
-            axis.plot(steps, values, label=label, marker="." if len(steps) < 20 else None, markersize=4)
+            style = "steps-post" if title.startswith("shield") else "default"
+            marker = "." if len(steps) < 20 else None
+            colour = KIND_COLOURS.get(label)
+            axis.plot(steps, values, label=label, marker=marker, markersize=4, drawstyle=style, color=colour)
     for event in events:
-        axis.axvline(event["step"], color="grey" if event["kind"] == "phase" else "red", linewidth=0.8, linestyle="--")
+        axis.axvline(event["step"], **EVENT_LINES[event["kind"]])
     if title == "losses" and min(v for _, values in chosen.values() for v in values) > 0:
         axis.set_yscale("log")
     axis.set_title(title, fontsize=9, loc="left")
@@ -112,7 +122,7 @@ def _by_pattern(pattern: str) -> Any:
 PANELS = {
     "losses": _losses,
     "capacity rate at factor 1 by kind (dotted: random routing)": _capacity,
-    "expert utilisation by kind": _by_pattern(r"routing/utilisation/(text|vit|vae)"),
+    "expert utilisation by kind": _by_pattern(r"routing/utilisation/(text|prompt|vit|vae)"),
     "drift of the router's probabilities on the probe": _by_pattern(r"routing/drift/(\w+)"),
     "leak of the generation gradient into shielded parameters": _by_pattern(r"leak/(\w+)"),
     "cosine of the tasks' gradients by role": _by_pattern(r"conflict/(\w+)/cosine"),

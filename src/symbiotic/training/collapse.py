@@ -16,7 +16,7 @@ from typing import Any
 
 Place = tuple[int, str]
 
-EVEN = 0.85  # pooled routing above this evenness looks healthy
+EVEN = 0.9  # a pooled capacity rate above this share of the random one looks healthy
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ class Reading:
         room = self.random - self.floor
         return (self.rate - self.floor) / room if room > 0 else math.nan
 
+    @property
+    def share(self) -> float:
+        """`rate / random`, NaN without a baseline."""
+        return self.rate / self.random if self.random > 0 else math.nan
+
     def __str__(self) -> str:
         return f"capacity {self.rate:.2f}, {self.random:.2f} expected by chance, {self.floor:.2f} at total collapse"
 
@@ -78,13 +83,15 @@ def readings(metrics: Mapping[str, float], metric: str, floors: Mapping[str, flo
     return found
 
 
-def behind_pooled(found: Mapping[Place, Reading], pooled: Mapping[Place, Reading]) -> dict[Place, float]:
-    """Evenness of the places whose layer looks even (above `EVEN`) when all kinds are taken together.
+def behind_pooled(found: Mapping[Place, Reading], pooled: Mapping[int, Reading]) -> dict[Place, float]:
+    """Capacity rate, as a share of that of random routing, of the places whose layer looks even when several kinds are
+    taken together; 1 for places in a layer that does not look even, which hides nothing.
 
-    Two kinds that use one half of the experts each have .98 together and .50 each (the spec's planted case).
+    Two kinds that use one half of the experts each have .98 together and .50 each (the spec's planted case). pooled:
+    layer -> reading of the kinds together.
     """
-    even = {layer for (layer, _), reading in pooled.items() if reading.evenness > EVEN}
-    return {place: reading.evenness for place, reading in found.items() if place[0] in even}
+    looks_even = {layer for layer, reading in pooled.items() if reading.share > EVEN}
+    return {place: reading.share if place[0] in looks_even else 1.0 for place, reading in found.items()}
 
 
 def update(
