@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,6 +15,12 @@ from symbiotic.training.phases import active_phases, bounds, holds, phase_index
 
 EVERY_LOG = ("train/", "routing/")
 """First parts of the names of metrics that are logged at every log: one that is missing then is misspelt."""
+
+
+def is_misspelt(metric: str, logged: Mapping[str, float]) -> bool:
+    """Whether metrics of its family were logged at this step, and it was not."""
+    family = next((part for part in EVERY_LOG if metric.startswith(part)), None)
+    return family is not None and metric not in logged and any(name.startswith(family) for name in logged)
 
 
 class PhaseTransitions(StepCallback):
@@ -46,7 +53,7 @@ class PhaseTransitions(StepCallback):
                 text = f"phase {phase.name} ends: {phase.when.metric} = {value:.4g} ({bounds(phase.when)})"
                 record_event(trainer, step, "phase", text, phase=phase.name, metric=phase.when.metric, value=value)
                 self.seen, self.found = 0, False
-        elif metrics and not self.found and phase.when.metric.startswith(EVERY_LOG):
+        elif not self.found and is_misspelt(phase.when.metric, metrics):
             near = near_miss(phase.when.metric, metrics)
             raise ConfigError(f"phases.list[{index}].when.metric={phase.when.metric}: is not logged; {near}")
         if step == phase.until:
