@@ -191,6 +191,18 @@ def test_a_killed_run_resumes_bit_exactly(shared_tmp: Path, tmp_path: Path, proj
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_compiled_and_recomputed_blocks_train_under_every_instrument_and_surgery(
+    shared_tmp: Path, tmp_path: Path
+) -> None:
+    few = ("phases=none", "phases.steps=4", "evaluation.every=0", "callbacks.gradient_conflict.every=2")
+    plain = run(shared_tmp, tmp_path / "eager", *few, "surgery=upgrad")
+    compiled = run(shared_tmp, tmp_path / "compiled", *few, "surgery=upgrad", "compile=aot_eager", "recompute=true")
+    assert trace(compiled) == pytest.approx(trace(plain), rel=1e-4)
+    for column in ("conflict/shared/cosine", "leak/all", "routing/drift/text"):
+        assert trace(compiled, column) == pytest.approx(trace(plain, column), rel=1e-2, abs=1e-4)
+
+
 PHASES = (
     "{name:warm,until:9,shield:1.0,frozen:[und],mix:{t2i:1,lm:1}}",
     "{name:shield,until:20,shield:1.0,when:{metric:train/ce,below:100.0,logs:2}}",
