@@ -12,7 +12,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow golden check format clean
+.PHONY: help setup train test test-slow bench golden check format clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARG
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow -n $(PROCESSES) $(ARGS)
+
+bench: $(STAMP) ## what the monitors cost, as a ratio (minutes; needs an idle machine)
+	$(BIN)/python benchmarks/monitors.py $(ARGS)
 
 golden: $(STAMP) ## write the golden losses of the installed torch, after a change that is meant to change them
 	SYMBIOTIC_WRITE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_arc.py -k golden
