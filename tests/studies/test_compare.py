@@ -89,6 +89,15 @@ def test_runs_of_other_code_or_data_are_refused_by_name(runs: Path, capsys: pyte
     assert f"error: {odd.parent}: other code (something else)" in capsys.readouterr().err
 
 
+def test_a_run_that_its_alarm_stopped_is_named(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = runs / "stopped"
+    folder.mkdir()
+    event = {"step": 5, "kind": "intervention", "text": "routing collapse at step 5", "action": "stop"}
+    (folder / "events.jsonl").write_text(json.dumps(event) + "\n")
+    assert main([str(runs)]) == 0
+    assert capsys.readouterr().err == f"left out: {folder}: routing collapse at step 5\n"
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 1
     assert capsys.readouterr().err == f"error: {tmp_path}: no finished run (a folder with summary.json) in here\n"

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from symbiotic.callbacks.events import EVENTS, read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.runs import read_json
 from symbiotic.schema import RunError
@@ -89,6 +90,13 @@ def read_runs(root: Path) -> list[Run]:
         if odd is not None:
             raise RunError(f"{odd.folder}: other {what} ({value(odd)}) than {runs[0].folder} ({value(runs[0])})")
     return runs
+
+
+def stopped(root: Path) -> list[str]:
+    """One line for every run below `root` that its alarm stopped: it has no scores, and must not go unnoticed."""
+    folders = sorted(path.parent for path in root.rglob(EVENTS) if not (path.parent / "summary.json").exists())
+    texts = {folder: [e["text"] for e in read_events(folder) if e.get("action") == "stop"] for folder in folders}
+    return [f"{folder}: {lines[-1]}" for folder, lines in texts.items() if lines]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -191,6 +199,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metrics", nargs="+", help="names of docs/metrics.md, * for any part: print these instead")
     parser.add_argument("--between", type=int, nargs=2, default=[400, 450], help="steps that --metrics averages over")
     chosen = parser.parse_args(arguments)
+    for line in stopped(chosen.runs):
+        print(f"left out: {line}", file=sys.stderr)
     try:
         found = arms(read_runs(chosen.runs))
         if chosen.metrics:
