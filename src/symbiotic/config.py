@@ -161,6 +161,12 @@ def ablations(choices: Mapping[str, Any], overrides: Sequence[str]) -> list[str]
     return [str(name) for name in ([chosen] if isinstance(chosen, str) else chosen) if name != "none"]
 
 
+def set_by(line: str, names: Sequence[str]) -> str:
+    """` (set by ablation=NAME)` where a message is about a key that an ablation set, else nothing."""
+    setters = [name for name in names if any(line.startswith((f"{key}=", f"{key}:")) for key in _ablated(name))]
+    return f" (set by ablation={setters[0]})" if setters else ""
+
+
 def _ablated(name: str) -> dict[str, Any]:
     path = CONF / "ablation" / f"{name}.yaml"
     node = yaml.safe_load(path.read_text()) if path.is_file() else None
@@ -218,9 +224,8 @@ class Composer:
         try:
             config = load(raw, choices, task)
         except COMPOSE_ERRORS as error:  # interpolations resolve late
-            raise (
-                error if isinstance(error, ConfigError) else ConfigError(explain(error, task, self.known, CONF))
-            ) from error
+            line = str(error) if isinstance(error, ConfigError) else explain(error, task, self.known, CONF)
+            raise ConfigError(line + set_by(line, ablations(choices, task))) from error
         self.check_ablations(ablations(choices, task), raw)
         return config
 
