@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import lightning
@@ -18,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
 from factory import load_system, random_batch, tiny_model
+from isolated import in_a_process
 from symbiotic.callbacks.balance_bias import BalanceBias
 from symbiotic.callbacks.checkpoint import StepCheckpoint, newest_valid
 from symbiotic.callbacks.csv_log import CSVLog, last_values
@@ -229,14 +229,10 @@ def test_mixed_precision(fit: Any, memory: Any, monkeypatch: pytest.MonkeyPatch)
 # --------------------------------------------------------------------------- refusals
 
 
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+@in_a_process
+def test_sharded_parameters_are_refused(fit: Any) -> None:
+    mesh = init_device_mesh("cpu", (1,))
 
-
-def test_sharded_parameters_are_refused(fit: Any, mesh: Any) -> None:
     class Shard(Callback):
         def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
             embed = pl_module.model.embed

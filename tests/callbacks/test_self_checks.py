@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch.distributed.device_mesh import init_device_mesh
 
 from factory import SYSTEMS, build, load_system, random_batch, tiny_model
+from isolated import in_a_process
 from symbiotic.callbacks.checkpoint import StepCheckpoint, checkpoint_path
 from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.gradient_shielding import GradientShielding
@@ -260,14 +259,9 @@ class Shard(Callback):
         shard(pl_module.model, self.mesh)
 
 
-@pytest.fixture
-def mesh() -> Iterator[Any]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
-
-
-def test_sharded_parameters_are_not_asked_for_gradients(fit: Any, mesh: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@in_a_process
+def test_sharded_parameters_are_not_asked_for_gradients(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mesh = init_device_mesh("cpu", (1,))
     monkeypatch.setattr(total, "loss_terms", detached("z"))  # would be told
     monitor = RoutingMonitor(1)
     monitor.probe = PROBE

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import distribute_tensor
 
 from factory import build
+from isolated import in_a_process
 from symbiotic.models.moe import MoE
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.schema import KINDS, Router
@@ -144,14 +144,10 @@ def test_parameters_that_the_optimiser_holds_in_another_form_are_refused() -> No
     assert not_revivable(layers(model), [optimizer]) == "the optimiser holds gen.w_out in another form"
 
 
+@in_a_process
 def test_sharded_parameters_are_refused() -> None:
     model = build("symbiotic")
-    layer = layers(model)[0]
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,))
-        layer.pools["und"].w_in = torch.nn.Parameter(distribute_tensor(layer.pools["und"].w_in.data, mesh))
-        optimizer = torch.optim.AdamW(model.parameters())
-        assert not_revivable([layer], [optimizer]) == "und.w_in is sharded over ranks"
-    finally:
-        dist.destroy_process_group()
+    layer, mesh = layers(model)[0], init_device_mesh("cpu", (1,))
+    layer.pools["und"].w_in = torch.nn.Parameter(distribute_tensor(layer.pools["und"].w_in.data, mesh))
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert not_revivable([layer], [optimizer]) == "und.w_in is sharded over ranks"
