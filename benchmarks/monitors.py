@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 from lightning.pytorch import Callback
 
-from symbiotic.arc import Arc
+from symbiotic.arc import Arc, make_callbacks
 from symbiotic.callbacks.csv_log import CSVLog
 from symbiotic.config import compose
 from symbiotic.fit import make_module, make_trainer
@@ -49,8 +49,7 @@ class Clock(Callback):
 def seconds(arc: Arc, dataset: Any, names: tuple[str, ...], folder: Path) -> float:
     """One fit with these callbacks of the config."""
     config = arc.config
-    arc = Arc(config)  # fresh callbacks
-    arc.prepare_data()
+    arc.made = make_callbacks(config)  # fresh ones: they have a memory
     made = dict(zip(arc.made, arc.callbacks(), strict=True))
     clock = Clock()
     module = make_module(config, dataset, None, latents=True)

@@ -97,9 +97,7 @@ class Arc:
         except OSError as error:
             raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
         self.journal = Journal(self.cache / "seconds.json")
-        self.made = {  # now: a wrong argument costs no stage 0
-            name: instantiate(node, f"callbacks.{name}") for name, node in config.callbacks.items() if node is not None
-        }
+        self.made = make_callbacks(config)  # now: a wrong argument costs no stage 0
         self.scorers: subprocess.Popen[bytes] | None = None
 
     def run(self) -> float:
@@ -282,6 +280,12 @@ class Arc:
         write_jsonl(self.folder / "predictions" / f"step={step:06d}.jsonl", scores.records)
         record_scores(self.folder / SCORES, step, scores)
         return scores
+
+
+def make_callbacks(config: Config) -> dict[str, Any]:
+    """The config's callbacks by name, in the order in which they run."""
+    nodes = config.callbacks.items()
+    return {name: instantiate(node, f"callbacks.{name}") for name, node in nodes if node is not None}
 
 
 def check_data(config: Config, folder: Path, index: ShardIndex) -> None:
