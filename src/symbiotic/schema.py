@@ -30,6 +30,10 @@ PARENT = "all"
 """Name of the one pool, router, shared expert and stream that every stage-0 parent consists of."""
 
 
+ALARM_ACTIONS = ("warn", "rebalance", "revive", "stop")
+"""What a collapse alarm may do."""
+
+
 class ConfigError(ValueError):
     """A config that cannot be run. The message is one line: key, value, what would be right."""
 

@@ -18,7 +18,6 @@ from symbiotic.training.phases import (
     phase_at,
     phase_index,
     role_rates,
-    shield_level,
 )
 from symbiotic.training.roles import assign_roles
 
@@ -33,13 +32,13 @@ RATES = Rates(roles={}, lr=3e-4, optimizer={}, by_role={"gen": 3e-3, "und": None
 
 def test_the_phase_changes_exactly_at_its_bound() -> None:
     assert [phase_at(PHASES, s).name for s in (0, 79, 80, 449, 450, 9999)] == ["shield"] * 2 + ["joint"] * 4
-    assert [shield_level(PHASES, s) for s in (0, 79, 80)] == [1.0, 1.0, 0.9]
+    assert [phase_at(PHASES, s).shield for s in (0, 79, 80)] == [1.0, 1.0, 0.9]
 
 
 def test_a_phase_of_no_steps_is_left_out() -> None:
     none = Phases(450, 0, 1.0, (Phase("shield", 0, shield=1.0), Phase("joint", 450)))
     assert [p.name for p in active_phases(none)] == ["joint"]
-    assert shield_level(none, 0) == 0.0
+    assert phase_at(none, 0).shield == 0.0
 
 
 def test_warm_up_constant_decay() -> None:
@@ -96,7 +95,7 @@ def test_a_transition_ends_a_phase_early_and_moves_no_other() -> None:
     at = [phase_at(EARLY, s, {0: 7}).name for s in (0, 6, 7, 19, 59, 60, 99, 500)]
     assert at == ["a", "a", "b", "b", "b", "c", "c", "c"]
     assert [phase_index(EARLY, s) for s in (6, 7, 19, 20)] == [0, 0, 0, 1]
-    assert shield_level(EARLY, 7, {0: 7}) == 0.5
+    assert phase_at(EARLY, 7, {0: 7}).shield == 0.5
 
 
 @pytest.mark.parametrize(

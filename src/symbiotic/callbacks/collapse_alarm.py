@@ -16,7 +16,7 @@ from symbiotic.callbacks.routing_monitor import RoutingMonitor
 from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import visible_pools
 from symbiotic.models.moe import MoE
-from symbiotic.schema import KINDS, CollapseStop, Config, ConfigError, Phase
+from symbiotic.schema import ALARM_ACTIONS, KINDS, CollapseStop, Config, ConfigError, Phase
 from symbiotic.training.collapse import (
     Place,
     Reading,
@@ -32,11 +32,10 @@ from symbiotic.training.collapse import (
     restored,
     update,
 )
-from symbiotic.training.phases import active_phases
+from symbiotic.training.phases import active_phases, balance_weight
 from symbiotic.training.revive import choose_donors, not_revivable, pool_loads, revive_experts
 from symbiotic.training.routing_metrics import GROUPS
 
-ACTIONS = ("warn", "rebalance", "revive", "stop")
 KEY = "callbacks.collapse_alarm"
 POOLED = {group: tuple(KINDS[m] for m in GROUPS[group]) for group in ("und", "all")}
 HIDDEN = 0.56  # share of the random rate below which a kind is told of that a healthy pooled number hides
@@ -85,7 +84,7 @@ class CollapseAlarm(StepCallback):
         _require(0 < ratio < 1, "ratio", ratio, "must be between 0 (total collapse) and 1 (random routing)")
         _require(clear >= ratio, "clear", clear, f"must be at least ratio={ratio}")
         _require(patience >= 1, "patience", patience, "must be at least 1 log")
-        _require(action in ACTIONS, "action", action, f"must be one of {', '.join(ACTIONS)}")
+        _require(action in ALARM_ACTIONS, "action", action, f"must be one of {', '.join(ALARM_ACTIONS)}")
         _require(bool(kinds) and set(kinds) <= set(KINDS), "kinds", list(kinds), f"must be among {', '.join(KINDS)}")
         _require(factor > 1, "factor", factor, "must be above 1")
         _require(limit >= factor, "limit", limit, f"must be at least factor={factor}")
@@ -282,8 +281,7 @@ def _balanced(config: Config) -> bool:
 
 
 def _balanced_in(config: Config, phase: Phase) -> bool:
-    weight = config.objective.balance_weight if phase.balance is None else phase.balance
-    return weight > 0 or config.objective.balance.bias_rate > 0
+    return balance_weight(config.objective, phase) > 0 or config.objective.balance.bias_rate > 0
 
 
 def _target(layer: int, pool: str) -> str:

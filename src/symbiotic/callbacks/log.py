@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import KINDS
-from symbiotic.training.phases import phase_index
+from symbiotic.training.phases import balance_weight, phase_index
 
 LOSSES = ("loss", "ce", "flow", "balance", "z")
 
@@ -169,11 +169,10 @@ class StepLog(StepCallback):
 def phase_metrics(pl_module: LightningModule, step: int) -> dict[str, Tensor | float]:
     """What held at optimiser step `step` (from 0); no shield level where the system has no shield targets."""
     config, module, phase = config_of(pl_module), cast(Any, pl_module), phase_of(pl_module, step)
-    weight = config.objective.balance_weight if phase.balance is None else phase.balance
     level: dict[str, Tensor | float] = {"phase/shield": phase.shield} if shield_kinds(config.system) else {}
     return level | {
         "phase/index": float(phase_index(config.phases, step, module.transitions)),
-        "phase/balance_weight": weight * module.balance_scale,
+        "phase/balance_weight": balance_weight(config.objective, phase) * module.balance_scale,
     }
 
 

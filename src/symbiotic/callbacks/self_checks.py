@@ -19,7 +19,7 @@ from symbiotic.models.batch import IGNORE, Batch
 from symbiotic.models.routing import RoutingStats
 from symbiotic.objectives.total import term_weights, training_terms
 from symbiotic.schema import KINDS, Balance, ConfigError, Model, System
-from symbiotic.training.phases import active_phases
+from symbiotic.training.phases import active_phases, balance_weight
 
 TOLERANCE = 1e-4  # relative: float32 sums over the tokens of a micro-batch
 
@@ -63,10 +63,8 @@ class SelfChecks(Probing):
         if trainer.global_step or self.probe is None or any(isinstance(p, DTensor) for p in model.parameters()):
             return
         config = config_of(pl_module)
-        own = config.objective.balance_weight
-        weights = term_weights(
-            config.objective, max(own if p.balance is None else p.balance for p in active_phases(config.phases))
-        )
+        largest = max(balance_weight(config.objective, phase) for phase in active_phases(config.phases))
+        weights = term_weights(config.objective, largest)
         possible = possible_terms(self.probe, config.model, config.system, config.objective.balance)
         batch = self.probe.to(pl_module.device)
         with probing(trainer, pl_module), torch.enable_grad():

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from symbiotic.checks.rules import known
 from symbiotic.layout import shield_kinds
-from symbiotic.schema import Config, ConfigError
-
-ACTIONS = ("warn", "rebalance", "revive", "stop")
-"""What a collapse alarm may do."""
+from symbiotic.schema import ALARM_ACTIONS, Config, ConfigError
+from symbiotic.training.phases import balance_weight
 
 
 def check_callbacks(config: Config) -> None:
@@ -45,11 +43,10 @@ def _alarm(config: Config) -> None:
         needs = f"needs routing_monitor.per_layer=true and {wanted:g} among routing_monitor.factors, or be set to null"
         raise ConfigError(f"callbacks.collapse_alarm: {needs}")
     key, action = "callbacks.collapse_alarm.action", str(alarm.get("action", "warn"))
-    known(key, [action], ACTIONS, "action")
+    known(key, [action], ALARM_ACTIONS, "action")
     if action != "warn" and not config.system.pools:
         raise ConfigError(f"{key}={action}: has no effect: system={config.system.name} has no routed experts")
-    own = config.objective.balance_weight
-    weights = [own if phase.balance is None else phase.balance for phase in config.phases.list]
+    weights = [balance_weight(config.objective, phase) for phase in config.phases.list]
     if action == "rebalance" and not any(weights) and not config.objective.balance.bias_rate:
         zero = "objective.balance_weight, every phase's balance and objective.balance.bias_rate are 0"
         raise ConfigError(f"{key}=rebalance: has nothing to raise: {zero}")

@@ -13,7 +13,7 @@ from typing import Any
 
 from symbiotic.layout import kinds_of, parameter_names, shared_scopes, shield_kinds
 from symbiotic.schema import Config, ConfigError
-from symbiotic.training.phases import mix_schedule
+from symbiotic.training.phases import balance_weight, mix_schedule
 from symbiotic.training.roles import assign_roles
 
 
@@ -48,8 +48,7 @@ def _shield_mode(s: Setting, key: str) -> str | None:
 
 
 def _balance(s: Setting, key: str) -> str | None:
-    own = s.config.objective.balance_weight
-    weights = any(own if phase.balance is None else phase.balance for phase in s.config.phases.list)
+    weights = any(balance_weight(s.config.objective, phase) for phase in s.config.phases.list)
     bias = key.endswith("bias_rate")
     return _routed(s, key) or (None if weights or bias else "the balance loss has weight 0 in every phase")
 

@@ -19,7 +19,7 @@ from rich.text import Text
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import Config
 from symbiotic.studies.inventory import SHOWN_KINDS, Component
-from symbiotic.training.phases import active_phases, bounds, role_factor, role_rates
+from symbiotic.training.phases import active_phases, balance_weight, bounds, role_factor, role_rates
 
 NONE = "–"
 
@@ -77,7 +77,7 @@ def phase_table(config: Config, roles: Sequence[str] | None = None) -> Renderabl
     rows, first = [], 0
     for phase in active_phases(config.phases):
         until = min(phase.until, config.phases.steps)
-        balance = config.objective.balance_weight if phase.balance is None else phase.balance
+        balance = balance_weight(config.objective, phase)
         rates = [rate_text(config, group[0], first, until) for group in groups]
         level = f"{phase.shield:g}" if shielded else NONE
         frozen = ", ".join(phase.frozen) or NONE

@@ -10,7 +10,7 @@ from typing import Any
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import Config
 from symbiotic.studies.console import rate_groups
-from symbiotic.training.phases import active_phases, bounds, mix_schedule, phase_at, role_rates
+from symbiotic.training.phases import active_phases, balance_weight, bounds, mix_schedule, phase_at, role_rates
 
 
 def draw_timeline(config: Config, roles: Sequence[str], path: Path) -> Path:
@@ -60,8 +60,8 @@ def _shield(axis: Any, config: Config, roles: Sequence[str], steps: list[int]) -
 
 
 def _balance(axis: Any, config: Config, roles: Sequence[str], steps: list[int]) -> None:
-    own = [phase_at(config.phases, step).balance for step in steps]
-    axis.plot(steps, [config.objective.balance_weight if w is None else w for w in own], drawstyle="steps-post")
+    weights = [balance_weight(config.objective, phase_at(config.phases, step)) for step in steps]
+    axis.plot(steps, weights, drawstyle="steps-post")
     axis.set_ylim(bottom=0)
     axis.set_ylabel("balance\nweight")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from symbiotic.schema import Condition, Mix, Phase, Phases, Rates
+from symbiotic.schema import Condition, Mix, Objective, Phase, Phases, Rates
 from symbiotic.training.roles import role_lr
 
 Transitions = Mapping[int, int]
@@ -34,9 +34,9 @@ def phase_at(phases: Phases, step: int, transitions: Transitions = NO_TRANSITION
     return active_phases(phases)[phase_index(phases, step, transitions)]
 
 
-def shield_level(phases: Phases, step: int, transitions: Transitions = NO_TRANSITIONS) -> float:
-    """Level of the gradient shield: the generation gradient through its targets is scaled by 1 - level."""
-    return phase_at(phases, step, transitions).shield
+def balance_weight(objective: Objective, phase: Phase) -> float:
+    """Weight of the balance loss in a phase: its own, or the objective's where it has none."""
+    return objective.balance_weight if phase.balance is None else phase.balance
 
 
 def holds(condition: Condition, value: float) -> bool:
