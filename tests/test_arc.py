@@ -59,6 +59,7 @@ def test_every_system_trains_and_keeps_its_golden_losses(
     summary = read_json(Path(config.run_dir) / "summary.json")
     assert {"knowledge_unreplayed", "reading", "flow_error", "embedded_acc"} <= set(summary["scores"])
     assert ("routing/capacity@1/vae" in summary["routing"]) == (system != "dense")
+    assert summary["tokens"]["t2i"] > summary["tokens"]["lm"] > 0
     printed = capsys.readouterr().out
     assert "iteration 0" in printed
     path = GOLDEN / f"torch-{TORCH}.json"

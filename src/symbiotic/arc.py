@@ -227,7 +227,8 @@ class Arc:
     def joint(self, state: dict[str, Tensor]) -> Scores:
         config, steps = self.config, self.config.phases.steps
         dataset = self.dataset(config, True)
-        summary.show_tokens(dataset.plan.tokens_by_task(steps), steps)
+        self.tokens = dataset.plan.tokens_by_task(steps)
+        summary.show_tokens(self.tokens, steps)
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
             module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)

@@ -132,11 +132,11 @@ class DataPlan:
         return max(1, ce) / self.micro_batches, max(1, latents) / self.micro_batches
 
     def tokens_by_task(self, steps: int) -> dict[str, int]:
-        """Tokens of each task over `steps` optimiser steps, estimated from up to 8 of them.
+        """Tokens of each task over `steps` optimiser steps: exact up to 2,000 of them, then estimated from so many.
 
         Two more keys: `latents`, the part of all these tokens that is generated, and `places`, tokens and padding.
         """
-        looked = np.unique(np.linspace(0, max(0, steps - 1), 8).astype(int)).tolist()
+        looked = np.unique(np.linspace(0, max(0, steps - 1), min(steps, 2000)).astype(int)).tolist()
         total = dict.fromkeys((*TASKS, "latents", "places"), 0)
         for plan in (self.micro_batch(step, micro) for step in looked for micro in range(self.micro_batches)):
             tasks = np.bincount(self.index.task[plan.samples], weights=plan.lengths, minlength=len(TASKS))

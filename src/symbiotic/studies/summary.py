@@ -142,6 +142,7 @@ def write(arc: Arc, scores: Scores) -> float:
             "steps": steps,
             "parent": arc.parent_name,
             "data": arc.fingerprint,
+            "tokens": arc.tokens,
             "scores": dict(scores),
             "n": dict(scores.n),
             "judges": dict(scores.judges),
