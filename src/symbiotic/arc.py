@@ -53,7 +53,7 @@ from symbiotic.runs import (
     state_hash,
     write_json,
 )
-from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
+from symbiotic.schema import Config, ConfigError, Evaluation, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
@@ -128,8 +128,10 @@ class Arc:
             self.data: Path = source.prepare()
             self.index = ShardIndex.load(self.data / "index.npz")
         check_data(self.config, self.data, self.index)
+        evaluation = self.config.evaluation
+        more = make_benchmarks(evaluation)
         self.evaluation = EmbeddedEvaluation(
-            self.data, self.config.evaluation, self.config.objective, self.config.evaluation.scorers
+            self.data, evaluation, self.config.objective, evaluation.scorers, list(more.values())
         )
         self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)
 
@@ -240,7 +242,7 @@ class Arc:
         """The callbacks, with what they measure by."""
         for callback in self.made.values():
             if isinstance(callback, InLoopEvaluation):
-                callback.evaluate = self.evaluate
+                callback.evaluate = self.look
             if isinstance(callback, SampleGrid):
                 callback.draw = self.draw
             if isinstance(callback, SharedOnlyProbe):
@@ -261,6 +263,12 @@ class Arc:
     def evaluate(self, model: nn.Module) -> Scores:
         return self.evaluation.run(model, self.config.seed)
 
+    def look(self, model: nn.Module) -> Mapping[str, float]:
+        """What in-loop evaluations measure: a share of the samples has names of its own."""
+        quick = self.config.evaluation.quick
+        scores = self.evaluation.run(model, self.config.seed, share=quick)
+        return scores if quick == 1 else {f"quick/{name}": value for name, value in scores.items()}
+
     def understanding(self, model: nn.Module) -> Scores:
         return self.evaluation.run(model, self.config.seed, only=("knowledge", "reading"))
 
@@ -276,11 +284,17 @@ class Arc:
     def record(self, model: nn.Module, step: int) -> Scores:
         """Evaluate, keep every prediction, add the scores to the run folder."""
         scores = self.evaluate(model)
-        for problem in scores.problems:
+        for problem in (*scores.problems, *scores.missing.values()):
             print(f"   evaluation: {problem}", flush=True)
         write_jsonl(self.folder / "predictions" / f"step={step:06d}.jsonl", scores.records)
         record_scores(self.folder / SCORES, step, scores)
         return scores
+
+
+def make_benchmarks(evaluation: Evaluation) -> dict[str, Any]:
+    """The config's benchmarks by name, in the order in which they run."""
+    nodes = evaluation.benchmarks.items()
+    return {name: instantiate(node, f"evaluation.benchmarks.{name}") for name, node in nodes if node is not None}
 
 
 def make_callbacks(config: Config) -> dict[str, Any]:

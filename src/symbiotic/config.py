@@ -125,6 +125,7 @@ def load(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence
     plain = resolved({**raw, "run_dir": OmegaConf.create(dict(raw))["run_dir"]}) | extra
     config = parse(Config, plain)
     built = {f"{group}.{name}": node for group in ("callbacks", "logger") for name, node in plain[group].items()}
+    built |= {f"evaluation.benchmarks.{name}": node for name, node in config.evaluation.benchmarks.items()}
     for key, node in {**built, "data.source": config.data.source, "rates.optimizer": config.rates.optimizer}.items():
         if node is not None:
             check_targets(node, key)

@@ -337,13 +337,16 @@ class Data:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Embedded benchmarks. every: joint steps between in-loop evaluations (0: only before and after)."""
+    """The embedded benchmarks, and others behind them. every: joint steps between in-loop evaluations (0: only before
+    and after)."""
 
     every: int = 0
+    quick: float = 1.0  # share of the samples that in-loop evaluations take; below 1 their scores are called quick/NAME
     questions: int = 192  # knowledge questions, replayed and unreplayed together
     readings: int = 200
     images: int = 96
     batch_size: int = 96
+    benchmarks: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # name -> `_target_` and its arguments
     scorers: Literal["default", "tiny"] = "default"  # judges of the images; tiny: plumbing, judges nothing well
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from symbiotic.evaluation.benchmark import batches, mean, measuring, write_jsonl
+from symbiotic.evaluation.benchmark import Value, batches, mean, measuring, write_jsonl
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -38,7 +38,7 @@ def test_modes_gradients_and_random_state_come_back(fails: bool) -> None:
 
 
 def test_mean_and_batches() -> None:
-    assert mean([True, False, True, True]) == (0.75, 4)
+    assert mean([True, False, True, True]) == Value(0.75, 4)
     assert np.isnan(mean([]).value)
     assert mean([]).n == 0
     assert [list(b) for b in batches(range(5), 2)] == [[0, 1], [2, 3], [4]]

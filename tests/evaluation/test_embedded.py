@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from symbiotic.data.packing import patch_pixels
 from symbiotic.data.tokenizer import EOS, Tokenizer
 from symbiotic.evaluation.captions import read_captions
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
+from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.mmlu import read_mmlu
-from symbiotic.evaluation.ocrbench import load_image, read_ocrbench
+from symbiotic.evaluation.ocrbench import read_ocrbench
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import Scorers
 from symbiotic.models.batch import TEXT, VIT, Batch
@@ -162,9 +164,7 @@ def test_measuring_a_model_changes_nothing(corpus: Path, system: str) -> None:
 def test_scores_do_not_depend_on_the_batch_size(corpus: Path) -> None:
     model = build("symbiotic", vocab_size=VOCABULARY)
     objective = Objective(sampler=Sampler(steps=3))
-    runs = [
-        EmbeddedEvaluation(corpus, Evaluation(0, 16, 12, 12, size), objective, "tiny").run(model) for size in (5, 96)
-    ]
+    runs = [EmbeddedEvaluation(corpus, replace(CFG, batch_size=size), objective, "tiny").run(model) for size in (5, 96)]
     assert runs[0] == pytest.approx(runs[1], rel=1e-3, abs=1e-5)
 
 

@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from symbiotic.data.errors import DataError
-from symbiotic.evaluation import ocrbench
-from symbiotic.evaluation.ocrbench import correct, load_image, read_ocrbench
+from symbiotic.evaluation import images
+from symbiotic.evaluation.images import load_image
+from symbiotic.evaluation.ocrbench import correct, read_ocrbench
 
 RULE = [  # data set, answers, prediction, right?
     ("", ["CENTRE"], "centre", True),
@@ -110,7 +111,7 @@ def test_images_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatc
         load_image(folder / "images" / "broken.png")
     with pytest.raises(DataError, match=r"none.png: no such image"):
         load_image(folder / "none.png")
-    monkeypatch.setattr(ocrbench, "MAX_PIXELS", 31)
+    monkeypatch.setattr(images, "MAX_PIXELS", 31)
     with pytest.raises(DataError, match="8x4 pixels; at most 31"):
         load_image(folder / "images" / "0.png")
 

@@ -27,11 +27,12 @@ from symbiotic.objectives.flow import noised
 from symbiotic.runs import load_state
 from symbiotic.schema import Config, ConfigError, RunError
 from symbiotic.studies import console
-from symbiotic.studies.inspection import Request, inspect, parse_request, slug
+from symbiotic.studies.inspection import READ, Request, inspect, slug
 from symbiotic.studies.inspection_html import page
-from symbiotic.studies.inspection_inputs import read_config, weights_file
 from symbiotic.studies.inspection_text import report
 from symbiotic.studies.inspection_trace import Inspection, by_kind, numbers, trace
+from symbiotic.studies.request import parse_request
+from symbiotic.trained import read_config, weights_file
 
 CAPTION = "red 7 on gray bar left"
 QUESTION = "what number is it ?"
@@ -423,5 +424,7 @@ def test_folders_are_readable_and_differ_by_what_was_asked(run: Path) -> None:
 
 
 def test_values_are_read_from_text(run: Path) -> None:
-    asked = parse_request([f"run={run}", "prompt=a=b", "time=.25", "seed=3", "all=True", "step=10", "rows=7"])
+    asked = parse_request(
+        Request, [f"run={run}", "prompt=a=b", "time=.25", "seed=3", "all=True", "step=10", "rows=7"], READ
+    )
     assert (asked.prompt, asked.time, asked.seed, asked.all, asked.step, asked.rows) == ("a=b", 0.25, 3, True, 10, 7)

@@ -16,21 +16,10 @@ from symbiotic.checks.phases import check_phases
 from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
+from symbiotic.evaluation.names import METRICS
 from symbiotic.layout import parameter_names, shared_scopes
 from symbiotic.schema import KINDS, Config, ConfigError, Mix, near_miss
 from symbiotic.training.roles import assign_roles
-
-METRICS = (
-    "knowledge_replayed",
-    "knowledge_unreplayed",
-    "reading",
-    "embedded_acc",
-    "embedded_acc_held_out",
-    "embedded_clip",
-    "embedded_fd",
-    "flow_error",
-)
-"""Scores of the embedded benchmarks, any of which `metric` may name."""
 
 _TRAINER = """
     accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs
@@ -161,6 +150,8 @@ def _objective(config: Config) -> None:
     _balance(config)
     at_least(config.evaluation, "evaluation.", 0, "every")
     at_least(config.evaluation, "evaluation.", 1, "questions readings images batch_size")
+    positive(config.evaluation, "evaluation.", "quick")
+    share(config.evaluation, "evaluation.", "quick")
 
 
 def _balance(config: Config) -> None:

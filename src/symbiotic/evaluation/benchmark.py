@@ -1,8 +1,8 @@
 """The contract of every benchmark, and how a model is held while it is measured.
 
-A benchmark yields `(name, Value)`; a value never comes without the number of samples that it rests on. What was
-asked, answered and expected, sample by sample, goes to `Context.records`; what could not be used goes to
-`Context.problems`, one line each, and is never counted as wrong.
+A benchmark yields `(name, Value)`; a value never comes without the number of samples that it rests on. Everything it
+needs beside the model and its own files stands in the `Context`, which also keeps what was asked, answered and
+expected, sample by sample, so that an interrupted evaluation goes on.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from __future__ import annotations
 import abc
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,25 +21,26 @@ from torch import nn
 
 from symbiotic.data.errors import DataError
 
+if TYPE_CHECKING:
+    from symbiotic.evaluation.context import Context
+
 Record = dict[str, Any]
 T = TypeVar("T")
 
 
 class Value(NamedTuple):
-    """A score and the number of samples behind it. NaN where there is none."""
+    """A score and the number of samples behind it; NaN where there is none. low, high: the 95 % resampling interval of
+    a score that is no mean over samples (a Frechet distance), where the benchmark computed one."""
 
     value: float
     n: int
+    low: float | None = None
+    high: float | None = None
 
 
-@dataclass
-class Context:
-    """What a benchmark needs beside the model, and where it leaves its traces."""
-
-    seed: int = 0
-    batch_size: int = 96
-    records: list[Record] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+class MissingAsset(DataError):
+    """A file that a benchmark needs and that is not there. The line says which file, where it is looked for (the key or
+    the variable of the environment), and how a user gets it."""
 
 
 class Benchmark(abc.ABC):
@@ -49,9 +49,24 @@ class Benchmark(abc.ABC):
     name: ClassVar[str]
     needs_latents: ClassVar[bool] = False
 
+    def protocol(self) -> Mapping[str, Any]:
+        """What decides the values beside the model and the `Context`: settings, and the files by a hash of what they
+        hold. Plain values. Scores of different protocols are not compared.
+
+        Raises:
+            MissingAsset: a file that is not there; nothing has been measured then.
+        """
+        return {}
+
     @abc.abstractmethod
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
-        """Measure the model, which is in evaluation mode and without gradients (see `measuring`)."""
+        """Measure the model, which is in evaluation mode and without gradients (see `measuring`).
+
+        An item that cannot be used is one line in `context.problems` and never counted as wrong.
+
+        Raises:
+            DataError: the benchmark as a whole cannot be read.
+        """
 
 
 def mean(values: Sequence[float]) -> Value:
@@ -63,19 +78,6 @@ def batches(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     """Consecutive pieces of at most `size` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def kept(items: Sequence[T], prepare: Callable[[T], Any], context: Context) -> tuple[list[T], list[Any]]:
-    """The items that can be prepared, and what they became; the others are named in `context.problems`."""
-    usable, prepared = [], []
-    for item in items:
-        try:
-            prepared.append(prepare(item))
-        except DataError as error:
-            context.problems.append(str(error))
-        else:
-            usable.append(item)
-    return usable, prepared
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from symbiotic.data.errors import DataError, readable_errors
-from symbiotic.evaluation.ocrbench import load_image
+from symbiotic.evaluation.images import load_image
 
 ATTRIBUTES = ("digit", "foreground", "background", "layout")
 
@@ -58,6 +58,15 @@ def read_captions(folder: str | Path, limit: int, problems: list[str]) -> tuple[
         captions.append(caption)
         images.append(image)
     return captions, np.stack(images) if images else np.zeros((0, 0, 0, 3), np.uint8)
+
+
+def image_size(folder: str | Path, otherwise: tuple[int, int] = (20, 20)) -> tuple[int, int]:
+    """(height, width) of the reference images; `otherwise` where there is none."""
+    try:
+        _, images = read_captions(folder, 1, [])
+    except DataError:
+        return otherwise
+    return (images.shape[1], images.shape[2]) if len(images) else otherwise
 
 
 def _caption(number: int, line: bytes, folder: Path) -> Caption:

@@ -14,84 +14,57 @@ None of these is MMLU, OCRBench, CLIP score or FID.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from symbiotic.data.tokenizer import Tokenizer
-from symbiotic.evaluation.benchmark import Benchmark, Context, Record, measuring
+from symbiotic.evaluation.benchmark import Benchmark
+from symbiotic.evaluation.captions import image_size
 from symbiotic.evaluation.embedded_pictures import FlowError, Pictures
 from symbiotic.evaluation.embedded_understanding import Knowledge, Reading
 from symbiotic.evaluation.scorers import Scorers, load_scorers
+from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.schema import Evaluation, Objective
 
-
-class Scores(dict[str, float]):
-    """Score by name, and what must stand beside it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.n: dict[str, int] = {}
-        """Samples behind each score."""
-        self.records: list[Record] = []
-        """What was asked, answered and expected, sample by sample."""
-        self.problems: list[str] = []
-        """What could not be used, one line each."""
-        self.judges: dict[str, float] = {}
-        """The scorers' own accuracies on fresh renderings; empty where no image was judged."""
+__all__ = ["EmbeddedEvaluation", "Scores"]
 
 
-class EmbeddedEvaluation:
-    """All embedded benchmarks of one corpus folder.
+class EmbeddedEvaluation(Suite):
+    """All embedded benchmarks of one corpus folder (knowledge, reading, flow_error, generation), and what is configured
+    beside them.
 
     Args:
         folder: what `EmbeddedData.prepare()` returned.
         scorers: preset of the scorers (see `scorers.PRESETS`). They are loaded, or waited for, when the first image
             is to be judged.
+        more: benchmarks that run behind the embedded ones.
     """
 
-    def __init__(self, folder: str | Path, cfg: Evaluation, objective: Objective, scorers: str = "default") -> None:
-        self.folder, self.cfg, self.preset = Path(folder), cfg, scorers
+    def __init__(
+        self,
+        folder: str | Path,
+        cfg: Evaluation,
+        objective: Objective,
+        scorers: str = "default",
+        more: Sequence[Benchmark] = (),
+    ) -> None:
+        self.folder, self.preset = Path(folder), scorers
         self._scorers: Scorers | None = None
-        tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         knowledge, reading, generation = (
             self.folder / "benchmarks" / name for name in ("knowledge", "reading", "generation")
         )
-        self.benchmarks: tuple[Benchmark, ...] = (
-            Knowledge(knowledge, tokenizer, cfg.questions),
-            Reading(reading, tokenizer, cfg.readings),
-            FlowError(generation, tokenizer, cfg.images, objective.prediction),
-            Pictures(generation, tokenizer, cfg.images, objective, self.judge),
+        embedded = (
+            Knowledge(knowledge, cfg.questions),
+            Reading(reading, cfg.readings),
+            FlowError(generation, cfg.images),
+            Pictures(generation, cfg.images, self.judge),
         )
+        tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
+        size = image_size(generation)
+        super().__init__((*embedded, *more), tokenizer, objective, size, cfg.batch_size, lambda: self.judge().accuracy)
 
     def judge(self) -> Scorers:
         """The scorers, loaded once; waits for the process that trains them, or trains them."""
         if self._scorers is None:
             self._scorers = load_scorers(self.folder, self.preset)
         return self._scorers
-
-    def run(self, model: nn.Module, seed: int = 0, only: Collection[str] | None = None) -> Scores:
-        """Measure the model; its train/eval modes and the global random state are as before afterwards.
-
-        Args:
-            seed: draws the noise that the images start from; the rest has no chance in it.
-            only: names of benchmarks (knowledge, reading, flow_error, generation); by default all. Those about
-                images are left out for a model without latents.
-
-        Raises:
-            DataError: a benchmark file that is missing or unreadable as a whole.
-        """
-        scores = Scores()
-        context = Context(seed, self.cfg.batch_size, scores.records, scores.problems)
-        with measuring(model):
-            for benchmark in self.benchmarks:
-                unable = benchmark.needs_latents and not getattr(model, "latents", True)
-                if unable or (only is not None and benchmark.name not in only):
-                    continue
-                for name, value in benchmark.run(model, context):
-                    scores[name], scores.n[name] = value
-        scores.problems[:] = dict.fromkeys(scores.problems)
-        if self._scorers is not None and "embedded_acc" in scores:
-            scores.judges.update(self._scorers.accuracy)
-        return scores

@@ -12,9 +12,11 @@ from symbiotic.data.errors import DataError
 from symbiotic.data.formats import question_parts, reading_parts, render_knowledge_prompt
 from symbiotic.data.packing import Sample, build_sample
 from symbiotic.data.tokenizer import Tokenizer
-from symbiotic.evaluation.benchmark import Benchmark, Context, Record, Value, batches, device_of, kept, mean
+from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
+from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.mmlu import LETTERS, Question, read_mmlu
-from symbiotic.evaluation.ocrbench import Entry, correct, load_image, read_ocrbench
+from symbiotic.evaluation.ocrbench import Entry, correct, read_ocrbench
 from symbiotic.evaluation.prompts import answers, one_a_row
 from symbiotic.generation.text import last_logits
 
@@ -26,42 +28,45 @@ class Knowledge(Benchmark):
 
     name = "knowledge"
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, questions: int) -> None:
-        self.folder, self.tokenizer, self.per_half = folder, tokenizer, questions // 2
+    def __init__(self, folder: Path, questions: int) -> None:
+        self.folder, self.per_half = folder, questions // 2
+
+    def protocol(self) -> dict[str, object]:
+        return {"questions": self.per_half, "shots": 0, "score": "argmax over the letters"}
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         for half in ("replayed", "unreplayed"):
             questions, problems = read_mmlu(self.folder, "test", (half,))
             context.problems += problems
-            yield f"knowledge_{half}", self.accuracy(model, questions[: self.per_half], context)
+            chosen = context.first(questions, self.per_half)
+            measure = lambda some: answered(model, some, context.tokenizer)  # noqa: E731
+            records = context.measured(f"knowledge_{half}", chosen, measure)
+            yield f"knowledge_{half}", mean([record["correct"] for record in records])
 
-    def accuracy(self, model: nn.Module, questions: Sequence[Question], context: Context) -> Value:
-        right: list[bool] = []
-        letters = torch.tensor(self.tokenizer.letters)
-        for some in batches(questions, context.batch_size):
-            batch = one_a_row([self.sample(question) for question in some]).to(device_of(model))
-            scores = last_logits(model, batch)[:, letters.to(batch.tokens.device)].log_softmax(-1).cpu()
-            for question, row in zip(some, scores, strict=True):
-                choice = int(row.argmax())
-                right.append(choice == question.answer)
-                context.records.append(self.record(question, choice, row.tolist()))
-        return mean(right)
 
-    def sample(self, question: Question) -> Sample:
-        prompt = render_knowledge_prompt(question.question, question.choices)
-        return build_sample(f"{question.subject}/{question.row}", "lm", question_parts(prompt, self.tokenizer))
-
-    def record(self, question: Question, choice: int, scores: list[float]) -> Record:
-        return {
-            "benchmark": f"knowledge_{question.subject}",
+def answered(model: nn.Module, questions: Sequence[Question], tokenizer: Tokenizer) -> list[Record]:
+    """The letter of highest probability behind each question, and the log-probabilities of all four."""
+    letters = torch.tensor(tokenizer.letters)
+    batch = one_a_row([question_sample(question, tokenizer) for question in questions]).to(device_of(model))
+    scores = last_logits(model, batch)[:, letters.to(batch.tokens.device)].log_softmax(-1).cpu()
+    choices = scores.argmax(-1).tolist()
+    return [
+        {
             "id": question.row,
             "question": question.question,
             "choices": question.choices,
             "answer": LETTERS[question.answer],
             "prediction": LETTERS[choice],
-            "log_probs": [round(score, 4) for score in scores],
+            "log_probs": [round(score, 4) for score in row],
             "correct": choice == question.answer,
         }
+        for question, choice, row in zip(questions, choices, scores.tolist(), strict=True)
+    ]
+
+
+def question_sample(question: Question, tokenizer: Tokenizer) -> Sample:
+    prompt = render_knowledge_prompt(question.question, question.choices)
+    return build_sample(f"{question.subject}/{question.row}", "lm", question_parts(prompt, tokenizer))
 
 
 class Reading(Benchmark):
@@ -69,24 +74,36 @@ class Reading(Benchmark):
 
     name = "reading"
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, readings: int) -> None:
-        self.path, self.tokenizer, self.readings = folder / "reading.json", tokenizer, readings
+    def __init__(self, folder: Path, readings: int) -> None:
+        self.path, self.readings = folder / "reading.json", readings
+
+    def protocol(self) -> dict[str, object]:
+        return {"readings": self.readings, "max_new_tokens": MAX_ANSWER_TOKENS, "score": "OCRBench's rule"}
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         entries, problems = read_ocrbench(self.path)
         context.problems += problems
         limit = getattr(getattr(model, "cfg", None), "max_grid", None)
-        usable, samples = kept(entries[: self.readings], lambda entry: self.sample(entry, limit), context)
-        made = answers(model, samples, self.tokenizer, MAX_ANSWER_TOKENS, context.batch_size)
-        right = [correct(m, entry.answers, entry.dataset_name) for m, entry in zip(made, usable, strict=True)]
-        for entry, prediction, ok in zip(usable, made, right, strict=True):
-            given = {"id": entry.id, "type": entry.type, "question": entry.question, "answers": entry.answers}
-            context.records.append({"benchmark": self.name, **given, "prediction": prediction, "correct": ok})
-        yield self.name, mean(right)
+        chosen = context.first(entries, self.readings)
+        usable, samples = context.kept(chosen, lambda entry: reading_sample(entry, context.tokenizer, limit))
 
-    def sample(self, entry: Entry, max_grid: int | None) -> Sample:
-        pixels = load_image(entry.image)
-        sample = build_sample(entry.id, "mmu", reading_parts(pixels, entry.question, self.tokenizer))
-        if max_grid is not None and int(sample.vit_grid.max()) >= max_grid:
-            raise DataError(f"{entry.image}: larger than {max_grid} patches a side (model.max_grid)")
-        return sample
+        def measure(some: Sequence[tuple[Entry, Sample]]) -> list[Record]:
+            made = answers(model, [sample for _, sample in some], context.tokenizer, MAX_ANSWER_TOKENS, len(some))
+            return [judged(entry, prediction) for (entry, _), prediction in zip(some, made, strict=True)]
+
+        records = context.measured(self.name, list(zip(usable, samples, strict=True)), measure)
+        yield self.name, mean([record["correct"] for record in records])
+
+
+def judged(entry: Entry, prediction: str) -> Record:
+    given = {"id": entry.id, "type": entry.type, "question": entry.question, "answers": entry.answers}
+    ok = correct(prediction, entry.answers, entry.dataset_name)
+    return {**given, "prediction": prediction, "correct": ok}
+
+
+def reading_sample(entry: Entry, tokenizer: Tokenizer, max_grid: int | None) -> Sample:
+    """Raises DataError: an image that cannot be read, or is larger than the model takes."""
+    sample = build_sample(entry.id, "mmu", reading_parts(load_image(entry.image), entry.question, tokenizer))
+    if max_grid is not None and int(sample.vit_grid.max()) >= max_grid:
+        raise DataError(f"{entry.image}: larger than {max_grid} patches a side (model.max_grid)")
+    return sample

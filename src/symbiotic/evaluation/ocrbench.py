@@ -12,12 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from symbiotic.data.errors import DataError, readable_errors
-
-MAX_PIXELS = 40_000_000
-"""Images above this are refused by their header, before they are decoded (decompression bombs)."""
 
 
 @dataclass(frozen=True)
@@ -92,24 +87,3 @@ def _entry(row: Any, images: Path) -> Entry | str:
         return f"no image {row['image_path']}"
     name, kind = (str(row.get(key, "")) for key in ("dataset_name", "type"))
     return Entry(name, str(row.get("id", "")), image, row["question"], answers, kind)
-
-
-def load_image(path: str | Path) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file of any mode; transparency is dropped.
-
-    Raises:
-        DataError: unreadable, not an image, or more than MAX_PIXELS.
-    """
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
-            return np.asarray(image.convert("RGB"))
-    except DataError:
-        raise
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such image") from None
-    except Exception as error:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, ...
-        raise DataError(f"{path}: not a readable image ({type(error).__name__}: {error})") from error

@@ -43,10 +43,13 @@ class Scorers:
 
     accuracy: the scorers' own scores on fresh renderings: `classifier` (all four attributes right), the same on
     blurred and noised pictures, `clip_retrieval` (the right one of all 960 captions), mean cosines of right and
-    wrong captions; and the `seconds` that training took.
+    wrong captions; and the `seconds` that training took. key: which judges these are, by a hash of their weights.
     """
 
-    def __init__(self, classifier: Classifier, clip: Any, tokenizer: Tokenizer, accuracy: dict[str, float]) -> None:
+    def __init__(
+        self, classifier: Classifier, clip: Any, tokenizer: Tokenizer, accuracy: dict[str, float], key: str = ""
+    ) -> None:
+        self.key = key
         self.classifier, self.clip = classifier.eval().requires_grad_(False), clip.eval().requires_grad_(False)
         self.tokenizer, self.accuracy = tokenizer, accuracy
 
@@ -102,7 +105,7 @@ class Cache:
             classifier, clip = Classifier(), build_clip(tokenizer.vocab_size)
         for name, net in (("classifier", classifier), ("clip", clip)):
             net.load_state_dict({k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")})
-        return Scorers(classifier, clip, tokenizer, facts["accuracy"])
+        return Scorers(classifier, clip, tokenizer, facts["accuracy"], facts["sha256"][:12])
 
     def is_there(self) -> bool:
         return self.facts.is_file() and self.weights.is_file()

@@ -7,14 +7,22 @@ This file reads the command line and writes the results; it imports torch only w
 from __future__ import annotations
 
 import re
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from symbiotic.launch import FAILED, INTERRUPTED, WRONG_CONFIG, one_line
-from symbiotic.schema import ConfigError, RunError, near_miss, parse
+from symbiotic.schema import ConfigError, RunError
+from symbiotic.studies.request import (
+    check_device,
+    check_weights_choice,
+    command,
+    flag,
+    number,
+    parse_request,
+    run_folder,
+    whole,
+)
 
 if TYPE_CHECKING:
     from symbiotic.studies.inspection_trace import Inspection
@@ -66,38 +74,7 @@ class Request:
     device: str = "cpu"
 
 
-def _whole(text: str) -> Any:
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else text
-
-
-def _flag(text: str) -> Any:
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-READ: dict[str, Callable[[str], Any]] = {"seed": _whole, "step": _whole, "rows": _whole, "all": _flag}
-"""Keys whose values are no text. What cannot be read stays text, for `parse` to refuse."""
-
-
-def parse_request(arguments: Sequence[str]) -> Request:
-    """The request of a command line of `key=value`.
-
-    Raises:
-        ConfigError: something that is no key=value, an unknown key, one that is missing, or a value that cannot be.
-    """
-    known = [field.name for field in fields(Request)]
-    values: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals:
-            raise ConfigError(f"{argument}: cannot be read as key=value; see --help")
-        if key not in known:
-            raise ConfigError(f"{argument}: no such key; {near_miss(key, known)}")
-        if key in values:
-            raise ConfigError(f"{argument}: {key} is given twice")
-        values[key] = READ.get(key, str)(text)
-    request = parse(Request, values)
-    check_request(request)
-    return request
+READ = {"time": number, "seed": whole, "step": whole, "rows": whole, "all": flag}
 
 
 def check_request(request: Request) -> None:
@@ -106,18 +83,13 @@ def check_request(request: Request) -> None:
         raise ConfigError("prompt=: must hold at least one word")
     if not 0 <= request.time <= 1:
         raise ConfigError(f"time={request.time:g}: must lie in [0, 1]; 0 is the image, 1 is noise")
-    for name, least in (("seed", 0), ("step", 0), ("rows", 1)):
+    for name, least in (("seed", 0), ("rows", 1)):
         value = getattr(request, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}")
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", request.device):
-        raise ConfigError(f"device={request.device}: must be cpu, cuda, mps or xpu, or one of several, as in cuda:1")
-    if request.checkpoint is not None and request.step is not None:
-        raise ConfigError(f"step={request.step}: the weights are chosen already, by checkpoint={request.checkpoint}")
-    if not Path(request.run).is_dir():
-        raise ConfigError(f"run={request.run}: no such folder; must be the folder of a run, which src/train.py prints")
-    if not (Path(request.run) / "config.yaml").is_file():
-        raise ConfigError(f"run={request.run}: no config.yaml in it; must be the folder of one run")
+    check_device(request.device)
+    check_weights_choice(request.checkpoint, request.step)
+    run_folder(request.run)
     if request.image is not None and not Path(request.image).is_file():
         raise ConfigError(f"image={request.image}: no such file")
 
@@ -172,19 +144,11 @@ def inspect(request: Request) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status. An expected failure is one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if any(argument in ("-h", "--help", "help") for argument in arguments):
-        print(USAGE, end="")
-        return 0
-    try:
-        inspect(parse_request(arguments))
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except Exception as error:
-        line = one_line(error)
-        if line is None:
-            raise
-        print(f"error: {line}", file=sys.stderr)
-        return WRONG_CONFIG if isinstance(error, ConfigError) else FAILED
-    return 0
+    """The command line; returns the exit status."""
+
+    def act(given: Sequence[str]) -> None:
+        request = parse_request(Request, given, READ)
+        check_request(request)
+        inspect(request)
+
+    return command(USAGE, act, arguments)

@@ -9,29 +9,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
-from symbiotic.config import instantiate
 from symbiotic.data.errors import DataError
 from symbiotic.data.formats import question_parts, reading_parts
 from symbiotic.data.packing import Array, Sample, build_sample
 from symbiotic.data.tokenizer import UNK, Tokenizer
 from symbiotic.evaluation.benchmark import measuring
 from symbiotic.evaluation.captions import read_captions
-from symbiotic.evaluation.ocrbench import load_image
+from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.prompts import caption_samples, one_a_row, pictures
 from symbiotic.generation.images import start_noise
 from symbiotic.models.batch import VAE, VIT, Batch
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.objectives.flow import noised
-from symbiotic.runs import load_state
-from symbiotic.schema import KINDS, Config, ConfigError, RunError, parse
+from symbiotic.schema import KINDS, Config
 
 if TYPE_CHECKING:
     from symbiotic.studies.inspection import Request
 
 PATCH = 4  # pixels a side, as in `data.packing`
-AGAIN = "the run's own command writes it again"
 
 
 @dataclass(frozen=True)
@@ -42,74 +37,6 @@ class Token:
     word: str
     kind: str
     grid: tuple[int, int] | None
-
-
-# --------------------------------------------------------------------------- what lies in the run folder
-
-
-def read_config(run: Path) -> Config:
-    """Raises RunError: not readable, or of other code."""
-    path = run / "config.yaml"
-    try:
-        return parse(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
-        raise RunError(f"{path}: not the config of a run of this code ({' '.join(str(error).split())})") from error
-
-
-def weights_file(run: Path, checkpoint: str | None = None, step: int | None = None) -> Path:
-    """The file asked for; by default what the run ended with, else its newest checkpoint, else a parent.
-
-    Raises:
-        RunError: it is not there.
-    """
-    if checkpoint is not None or step == 0:
-        path = Path(checkpoint) if checkpoint is not None else run / "init.safetensors"
-        if path.is_file():
-            return path
-        raise RunError(f"{path}: no such file; {AGAIN}" if step == 0 else f"{path}: no such checkpoint")
-    if step is None and (run / "model.safetensors").is_file():
-        return run / "model.safetensors"
-    from symbiotic.callbacks.checkpoint import checkpoint_path, checkpoints, newest_valid, step_of  # Lightning: seconds
-
-    folder = run / "checkpoints"
-    if step is not None:
-        path = checkpoint_path(folder, step)
-        if path.is_file():
-            return path
-        kept = ", ".join(str(step_of(found)) for found in checkpoints(folder)) or "none"
-        raise RunError(f"{path}: no such checkpoint; steps that were kept: {kept}, and 0")
-    newest = newest_valid(folder) or run / "parent.safetensors"
-    if newest.is_file():
-        return newest
-    raise RunError(f"{run / 'model.safetensors'}: no such file, and no checkpoint either; {AGAIN}")
-
-
-def corpus_folder(config: Config, data: str | None) -> Path:
-    """The corpus that the run was trained on; it is found, never written.
-
-    Raises:
-        RunError: it is not there.
-    """
-    source = instantiate({**config.data.source, **({"folder": data} if data else {})}, "data.source")
-    path = Path(source.path)
-    if not (path / "tokenizer.json").is_file():
-        raise RunError(f"{path / 'tokenizer.json'}: no such file; {AGAIN}, or data=FOLDER says where the corpus lies")
-    return path
-
-
-def load_model(config: Config, path: Path, device: str) -> UnifiedModel:
-    """Raises RunError (a file that does not fit the config), ConfigError (no such device)."""
-    state = load_state(path)
-    model = UnifiedModel(config.model, config.system, latents="latent_head.weight" in state)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        first = " ".join(str(error).split("\n")[1:2]).strip()
-        raise RunError(f"{path}: not weights of the model in config.yaml ({first or error})") from error
-    try:
-        return model.to(device)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}") from error
 
 
 # --------------------------------------------------------------------------- the sequence

@@ -22,9 +22,10 @@ from symbiotic.layout import pool_sizes
 from symbiotic.models.batch import Batch
 from symbiotic.models.moe import LayerTrace
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.schema import KINDS, Config, ConfigError, RunError
+from symbiotic.schema import KINDS, Config, ConfigError
 from symbiotic.studies import inspection_inputs as inputs
 from symbiotic.studies.inspection_inputs import Token
+from symbiotic.trained import load_model, open_run, weights_file
 
 if TYPE_CHECKING:
     from symbiotic.studies.inspection import Request
@@ -80,26 +81,20 @@ def trace(request: Request) -> Inspection:
     Raises:
         ConfigError, RunError, DataError: what is missing or wrong, in one line.
     """
-    run = Path(request.run)
-    config = inputs.read_config(run)
-    weights = inputs.weights_file(run, request.checkpoint, request.step)
-    corpus = inputs.corpus_folder(config, request.data)
-    tokenizer = Tokenizer.load(corpus / "tokenizer.json")
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise RunError(
-            f"{corpus}: {tokenizer.vocab_size} words, the model has {config.model.vocab_size}: not its corpus"
-        )
-    model = inputs.load_model(config, weights, request.device)
-    batch, picture = sequence(request, config, model, corpus, tokenizer)
+    opened = open_run(
+        request.run, checkpoint=request.checkpoint, step=request.step, data=request.data, device=request.device
+    )
+    config, model, tokenizer = opened.config, opened.model, opened.tokenizer
+    batch, picture = sequence(request, config, model, opened.corpus, tokenizer)
     layers, dense = traced(model, batch.to(request.device))
     if request.against is not None:
         path, step = (None, 0) if request.against == "init" else (request.against, None)
-        other = inputs.weights_file(run, path, step)
-        layers = compared(layers, traced(inputs.load_model(config, other, request.device), batch.to(request.device))[0])
+        other = weights_file(opened.folder, path, step)
+        layers = compared(layers, traced(load_model(config, other, request.device), batch.to(request.device))[0])
     sizes = pool_sizes(config.model, config.system)
     names = [f"{pool}{i}" for pool, size in sizes.items() for i in range(size)]
     tokens = inputs.tokens_of(batch, tokenizer)
-    inspection = Inspection(facts(request, config, weights), tokens, names, sizes, layers, dense, picture)
+    inspection = Inspection(facts(request, config, opened.weights), tokens, names, sizes, layers, dense, picture)
     inspection.notes = notes(inspection, inputs.unknown_words(request.prompt, tokenizer))
     return inspection
 

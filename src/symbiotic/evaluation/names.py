@@ -1,0 +1,45 @@
+"""What every score is called, which direction is better, and what chance gives. Standard library only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """
+    Args:
+        title: in tables. side: of the model that it measures. chance: what guessing gives, where that is a number.
+        official: the metric of that name in the literature, in its protocol; the embedded scores are not.
+        share: a mean of right and wrong answers, sample by sample, so that arms are compared question by question.
+    """
+
+    title: str
+    side: Literal["understanding", "generation"]
+    better: Literal["higher", "lower"] = "higher"
+    chance: float | None = None
+    official: bool = False
+    share: bool = False
+    digits: int = 3
+
+
+EMBEDDED = {
+    "knowledge_replayed": Metric("knowledge, replayed", "understanding", chance=0.25, share=True),
+    "knowledge_unreplayed": Metric("knowledge, not replayed", "understanding", chance=0.25, share=True),
+    "reading": Metric("reading", "understanding", share=True),
+    "embedded_acc": Metric("images right", "generation", share=True),
+    "embedded_acc_held_out": Metric("images right, held out", "generation", share=True),
+    "embedded_clip": Metric("embedded clip", "generation"),
+    "embedded_fd": Metric("embedded Frechet distance", "generation", "lower", digits=1),
+    "flow_error": Metric("flow error", "generation", "lower"),
+}
+
+OFFICIAL: dict[str, Metric] = {}
+
+METRICS = EMBEDDED | OFFICIAL
+
+
+def metric(name: str) -> Metric:
+    """Of a score; `mmlu/anatomy` has the facts of `mmlu`, and an unknown one stands for itself."""
+    return METRICS.get(name) or METRICS.get(name.split("/")[0]) or Metric(name, "understanding")

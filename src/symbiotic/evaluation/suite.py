@@ -1,0 +1,124 @@
+"""Several benchmarks on one model: the scores, what they rest on, and what could not be measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from symbiotic.data.errors import DataError
+from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, measuring
+from symbiotic.evaluation.context import Context
+from symbiotic.schema import Objective
+
+
+class Scores(dict[str, float]):
+    """Score by name, and what must stand beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values_of: dict[str, Value] = {}
+        """Each score with its samples and, where it has one, its interval."""
+        self.benchmark: dict[str, str] = {}
+        """Which benchmark each score is of."""
+        self.protocols: dict[str, Mapping[str, Any]] = {}
+        """Benchmark -> what decided its values beside the model."""
+        self.missing: dict[str, str] = {}
+        """Benchmark -> the file that it lacks."""
+        self.failed: dict[str, str] = {}
+        """Benchmark -> why it could not be measured, though its files are there."""
+        self.seconds: dict[str, float] = {}
+        """Benchmark -> how long it took."""
+        self.records: list[Record] = []
+        """What was asked, answered and expected, sample by sample."""
+        self.problems: list[str] = []
+        """What could not be used, one line each."""
+        self.judges: dict[str, float] = {}
+        """The embedded scorers' own accuracies on fresh renderings; empty where no image was judged."""
+
+    @property
+    def n(self) -> dict[str, int]:
+        """Samples behind each score."""
+        return {name: value.n for name, value in self.values_of.items()}
+
+    def add(self, benchmark: str, name: str, value: Value) -> None:
+        self[name], self.values_of[name], self.benchmark[name] = value.value, value, benchmark
+
+
+class Suite:
+    """Benchmarks in the order in which they run.
+
+    Args:
+        tokenizer, objective, size, batch_size: see `Context`.
+        judges: the embedded scorers' own accuracies, asked for when images were judged.
+    """
+
+    def __init__(
+        self,
+        benchmarks: Sequence[Benchmark],
+        tokenizer: Tokenizer,
+        objective: Objective,
+        size: tuple[int, int] = (20, 20),
+        batch_size: int = 96,
+        judges: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self.benchmarks, self.tokenizer, self.objective = tuple(benchmarks), tokenizer, objective
+        self.size, self.batch_size, self.judges = size, batch_size, judges
+
+    def run(
+        self,
+        model: nn.Module,
+        seed: int = 0,
+        only: Collection[str] | None = None,
+        *,
+        share: float = 1.0,
+        folder: Path | None = None,
+        lenient: bool = False,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Scores:
+        """Measure the model; its train/eval modes and the global random state are as before afterwards.
+
+        Args:
+            seed: draws the noise that the images start from; the rest has no chance in it.
+            only: names of benchmarks; by default all. Those about images are left out for a model without latents.
+            share, folder: see `Context`; with a folder, what was measured before is not measured again.
+            lenient: a benchmark whose files cannot be used goes to `failed`, and the others run. (One whose files are
+                not there goes to `missing` in any case.)
+            say: gets a line when a benchmark begins.
+
+        Raises:
+            DataError: a benchmark whose files cannot be used, unless lenient.
+        """
+        scores = Scores()
+        with measuring(model):
+            for benchmark in self.benchmarks:
+                unable = benchmark.needs_latents and not getattr(model, "latents", True)
+                if unable or (only is not None and benchmark.name not in only):
+                    continue
+                say(benchmark.name)
+                context = Context(self.tokenizer, self.objective, self.size, seed, self.batch_size, share, folder)
+                start = time.perf_counter()
+                try:
+                    self._measure(benchmark, model, context, scores)
+                except MissingAsset as error:
+                    scores.missing[benchmark.name] = str(error)
+                except DataError as error:
+                    if not lenient:
+                        raise
+                    scores.failed[benchmark.name] = str(error)
+                scores.seconds[benchmark.name] = time.perf_counter() - start
+        scores.problems[:] = dict.fromkeys(scores.problems)
+        scores.judges.update(self.judges() if "embedded_acc" in scores else {})
+        return scores
+
+    def _measure(self, benchmark: Benchmark, model: nn.Module, context: Context, scores: Scores) -> None:
+        scores.protocols[benchmark.name] = benchmark.protocol()
+        measured = list(benchmark.run(model, context))
+        for name, value in measured:
+            scores.add(benchmark.name, name, value)
+        scores.records += context.records
+        scores.problems += context.problems

@@ -1,0 +1,147 @@
+"""A trained run, opened again: its config, its corpus, its words, and the weights that are asked for.
+
+What looks at finished runs (inspector, evaluation, generation, questions) starts here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from symbiotic.config import instantiate
+from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.models.unified import UnifiedModel
+from symbiotic.runs import load_state
+from symbiotic.schema import Config, ConfigError, RunError, parse
+from symbiotic.studies.request import run_folder
+
+AGAIN = "the run's own command writes it again"
+FINAL, EMA, INITIAL, PARENT_FILE = "model.safetensors", "ema.safetensors", "init.safetensors", "parent.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """weights: the file that the model's parameters came from. step: of joint training; None where the file does not
+    tell. corpus: the folder of its data, with the tokenizer and the embedded benchmarks."""
+
+    folder: Path
+    config: Config
+    weights: Path
+    step: int | None
+    corpus: Path
+    tokenizer: Tokenizer
+    model: UnifiedModel
+
+
+def open_run(
+    run: str | Path,
+    *,
+    checkpoint: str | None = None,
+    step: int | None = None,
+    ema: bool = False,
+    data: str | None = None,
+    device: str = "cpu",
+) -> Trained:
+    """
+    Args:
+        run: the folder of a run, or of a cached parent. checkpoint, step, ema: which weights, see `weights_file`.
+        data: the folder of corpora, where it was moved.
+
+    Raises:
+        ConfigError, RunError, DataError: what is missing or wrong, in one line.
+    """
+    folder = run_folder(run)
+    config = read_config(folder)
+    weights = weights_file(folder, checkpoint, step, ema)
+    corpus = corpus_folder(config, data)
+    tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+    if tokenizer.vocab_size > config.model.vocab_size:
+        what = f"{tokenizer.vocab_size} words, the model has {config.model.vocab_size}: not its corpus"
+        raise RunError(f"{corpus}: {what}")
+    model = load_model(config, weights, device)
+    return Trained(folder, config, weights, step_of_weights(weights, config), corpus, tokenizer, model)
+
+
+def read_config(run: Path) -> Config:
+    """Raises RunError: not readable, or of other code."""
+    path = run / "config.yaml"
+    try:
+        return parse(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
+        raise RunError(f"{path}: not the config of a run of this code ({' '.join(str(error).split())})") from error
+
+
+def weights_file(run: Path, checkpoint: str | None = None, step: int | None = None, ema: bool = False) -> Path:
+    """The file asked for; by default what the run ended with, else its newest checkpoint, else a parent.
+
+    Args:
+        checkpoint: this file. step: the checkpoint of this step; 0: what joint training started from. ema: the
+            averaged weights that the run ended with.
+
+    Raises:
+        RunError: it is not there.
+    """
+    if ema:
+        if (run / EMA).is_file():
+            return run / EMA
+        raise RunError(f"{run / EMA}: no such file; only a finished run with callbacks.ema has averaged weights")
+    if checkpoint is not None or step == 0:
+        path = Path(checkpoint) if checkpoint is not None else run / INITIAL
+        if path.is_file():
+            return path
+        raise RunError(f"{path}: no such file; {AGAIN}" if step == 0 else f"{path}: no such checkpoint")
+    if step is None and (run / FINAL).is_file():
+        return run / FINAL
+    from symbiotic.callbacks.checkpoint import checkpoint_path, checkpoints, newest_valid, step_of  # Lightning: seconds
+
+    folder = run / "checkpoints"
+    if step is not None:
+        path = checkpoint_path(folder, step)
+        if path.is_file():
+            return path
+        kept = ", ".join(str(step_of(found)) for found in checkpoints(folder)) or "none"
+        raise RunError(f"{path}: no such checkpoint; steps that were kept: {kept}, and 0")
+    newest = newest_valid(folder) or run / PARENT_FILE
+    if newest.is_file():
+        return newest
+    raise RunError(f"{run / FINAL}: no such file, and no checkpoint either; {AGAIN}")
+
+
+def step_of_weights(path: Path, config: Config) -> int | None:
+    known: Mapping[str, Any] = {FINAL: config.phases.steps, EMA: config.phases.steps, INITIAL: 0}
+    if path.name in known:
+        return int(known[path.name])
+    number = path.stem.removeprefix("step=")
+    return int(number) if number.isdigit() else None
+
+
+def corpus_folder(config: Config, data: str | None) -> Path:
+    """The corpus that the run was trained on; it is found, never written.
+
+    Raises:
+        RunError: it is not there.
+    """
+    source = instantiate({**config.data.source, **({"folder": data} if data else {})}, "data.source")
+    path = Path(source.path)
+    if not (path / "tokenizer.json").is_file():
+        raise RunError(f"{path / 'tokenizer.json'}: no such file; {AGAIN}, or data=FOLDER says where the corpus lies")
+    return path
+
+
+def load_model(config: Config, path: Path, device: str) -> UnifiedModel:
+    """Raises RunError (a file that does not fit the config), ConfigError (no such device)."""
+    state = load_state(path)
+    model = UnifiedModel(config.model, config.system, latents="latent_head.weight" in state)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        first = " ".join(str(error).split("\n")[1:2]).strip()
+        raise RunError(f"{path}: not weights of the model in config.yaml ({first or error})") from error
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise ConfigError(f"device={device}: {str(error).splitlines()[0]}") from error
