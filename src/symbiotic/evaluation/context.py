@@ -22,7 +22,7 @@ from torch import nn
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.data.tokenizer import Tokenizer
-from symbiotic.evaluation.benchmark import Record, batches
+from symbiotic.evaluation.benchmark import Record, batches, write_jsonl
 from symbiotic.evaluation.images import load_image, save_image
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.schema import Objective
@@ -138,7 +138,7 @@ class Ledger:
             if len(self.records) < items:
                 del self.records[len(self.records) // piece * piece :]
             with readable_errors("write", path):
-                path.write_text("".join(map(line, self.records)), encoding="utf-8")
+                write_jsonl(path, self.records)
 
     def add(self, records: Sequence[Record]) -> None:
         self.records += [json.loads(line(record)) for record in records]  # as they will be read again
@@ -160,7 +160,7 @@ def whole_lines(path: Path) -> Iterator[Record]:
     """The records of a JSONL file up to the first line that is none."""
     with readable_errors("read", path):
         text = path.read_bytes().decode("utf-8", errors="replace")
-    for row in text.splitlines():
+    for row in text.split("\n"):  # not splitlines: U+2028 may stand inside a text
         try:
             record = json.loads(row)
         except ValueError:
