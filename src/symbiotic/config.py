@@ -19,10 +19,11 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from symbiotic.checks.effects import check_effects
+from symbiotic.checks.evaluation import check_evaluation
 from symbiotic.checks.targets import ALLOWED, check_arguments, check_targets, signature_arguments
 from symbiotic.checks.values import check
 from symbiotic.hints import COMPOSE_ERRORS, explain
-from symbiotic.schema import Config, ConfigError, parse
+from symbiotic.schema import Config, ConfigError, EvalConfig, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
@@ -33,6 +34,9 @@ which the folder's name shows, `data.num_workers`, and the keys of the trainer t
 
 LISTS = ("ablation", "callbacks", "logger")
 """Groups of which several options may be chosen at once: `ablation=[a,b]`."""
+
+PATHS = ("run", "runs", "checkpoint", "data", "report")
+"""Keys of `src/eval.py` whose values are paths."""
 
 VOLATILE_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
 
@@ -209,9 +213,10 @@ class Composer:
 
     def known(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Keys that may be set, and the groups, where only those of `overrides` hold that choose an option."""
-        groups = {path.name: None for path in CONF.iterdir() if path.is_dir()}
+        chosen = self.composed([]).hydra.runtime.choices
+        groups = {path.name: None for path in CONF.iterdir() if path.name in chosen}
         try:
-            cfg = self.composed([o for o in overrides if (CONF / o.split("=")[0]).is_dir() and "," not in o])
+            cfg = self.composed([o for o in overrides if o.split("=")[0] in groups and "," not in o])
         except ConfigError:
             cfg = self.composed([])
         return {**groups, **_as_dict(OmegaConf.to_container(cfg, resolve=False))}
@@ -249,6 +254,54 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config
 
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         return Composer(config_name).config(overrides)
+
+
+def compose_evaluation(overrides: Sequence[str]) -> EvalConfig:
+    """The validated config that `python src/eval.py OVERRIDES` runs.
+
+    Raises:
+        ConfigError: anything that is wrong with it, in one line.
+    """
+    from hydra import initialize_config_dir
+
+    with initialize_config_dir(str(CONF), version_base="1.3", job_name="eval"):
+        composer = Composer("eval")
+        raw = _as_dict(OmegaConf.to_container(composer.composed([*map(quoted_path, overrides)]), resolve=False))
+        hydra = raw.pop("hydra")
+        task = hydra["overrides"]["task"]
+        try:
+            return load_evaluation(raw, hydra["runtime"]["choices"], task)
+        except COMPOSE_ERRORS as error:
+            line = str(error) if isinstance(error, ConfigError) else explain(error, task, composer.known, CONF)
+            raise ConfigError(line) from error
+
+
+def quoted_path(override: str) -> str:
+    """An override whose value is a path, quoted: Hydra's grammar has no `=`, `~` or letters beyond ASCII in it."""
+    key, _, value = override.partition("=")
+    is_path = value != "null" and (key in PATHS or "/" in value)
+    if not is_path or value[:1] in ("'", '"', "[", "{", ""):
+        return override
+    escaped = value.replace("'", "\\'")
+    return f"{key}='{escaped}'"
+
+
+def load_evaluation(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence[str]) -> EvalConfig:
+    """The typed, validated config of an evaluation; arguments as those of `load`.
+
+    Raises:
+        ConfigError: anything that is wrong with it.
+    """
+    own = OmegaConf.create({key: value for key, value in raw.items() if key != "study"})  # the study is read elsewhere
+    plain = _as_dict(OmegaConf.to_container(own, resolve=True))
+    if isinstance(plain.get("only"), str):
+        plain["only"] = [plain["only"]]
+    config = parse(EvalConfig, {**plain, "study": choices["study"]})
+    for name, node in config.evaluation.benchmarks.items():
+        if node is not None:
+            check_targets(node, f"evaluation.benchmarks.{name}")
+    check_evaluation(config, explicit_keys((), overrides))
+    return config
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
+import platform
+import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -34,6 +37,15 @@ def source_hash(*parts: str) -> str:
     files = sorted(f for root in roots for f in ([root] if root.is_file() else root.rglob("*.py")))
     text = b"".join(str(f.relative_to(PACKAGE)).encode() + f.read_bytes() for f in files)
     return hashlib.sha256(text).hexdigest()[:12]
+
+
+def provenance() -> dict[str, str]:
+    """What a result needs to be comparable: code, commit, versions, machine kind (no host name)."""
+    packages = ("torch", "lightning", "hydra-core", "numpy")
+    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"code": source_hash(), "commit": commit, "python": platform.python_version(), **versions}
 
 
 def replace_with(path: Path, write: Any) -> Path:

@@ -389,6 +389,46 @@ class Config:
     metric: str = "knowledge_unreplayed"  # what train.py returns to a sweeper
 
 
+# --------------------------------------------------------------------------- evaluation of finished runs
+
+
+@dataclass(frozen=True)
+class SamplerChange:
+    """What is changed of a run's own `Sampler`; null: nothing."""
+
+    steps: int | None = None
+    guidance: float | None = None
+    time_shift: float | None = None
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Everything that `src/eval.py` runs on: one checkpoint (`run`), or every finished run below a folder (`runs`).
+
+    checkpoint, step, ema: which weights (see `symbiotic.trained.weights_file`); default: what the run ended with.
+    data: the folder of corpora, where it was moved. only: names of benchmarks; empty: all.
+    seed: draws the noise that images start from; null: the run's own, as at the end of its training.
+    study, factors, report, evaluate: of the report, which is written for `runs` only. study: the option chosen.
+    """
+
+    evaluation: Evaluation
+    run: str | None = None
+    runs: str | None = None
+    checkpoint: str | None = None
+    step: int | None = None
+    ema: bool = False
+    data: str | None = None
+    device: str = "cpu"
+    threads: int = 1
+    seed: int | None = None
+    sampler: SamplerChange = field(default_factory=SamplerChange)
+    only: tuple[str, ...] = ()
+    study: str = "none"
+    factors: tuple[str, ...] | None = None
+    report: str | None = None
+    evaluate: bool = True
+
+
 # --------------------------------------------------------------------------- dictionary -> dataclass
 
 T = TypeVar("T")

@@ -20,7 +20,8 @@ from symbiotic.callbacks.log import StepLog
 from symbiotic.callbacks.lr_phases import LRPhases
 from symbiotic.callbacks.progress import Progress, describe, duration, seconds_left
 from symbiotic.callbacks.routing_monitor import RoutingMonitor
-from symbiotic.callbacks.sample_grid import SampleGrid, draw_grid, save_png
+from symbiotic.callbacks.sample_grid import SampleGrid
+from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.schema import Shield
 
 

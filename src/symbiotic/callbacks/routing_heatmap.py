@@ -13,8 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from symbiotic.callbacks.log import Window
-from symbiotic.callbacks.sample_grid import save_png
 from symbiotic.callbacks.step import StepCallback, config_of
+from symbiotic.evaluation.grid import save_png
 from symbiotic.layout import pool_sizes
 from symbiotic.schema import KINDS, ConfigError
 from symbiotic.training.routing_metrics import loads

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from symbiotic.checks.callbacks import check_callbacks
+from symbiotic.checks.evaluation import check_benchmarks
 from symbiotic.checks.phases import check_phases
 from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
 from symbiotic.checks.surgery import check_surgery
@@ -148,10 +149,7 @@ def _objective(config: Config) -> None:
     at_least(objective.sampler, "objective.sampler.", 0, "guidance")
     positive(objective.sampler, "objective.sampler.", "time_shift")
     _balance(config)
-    at_least(config.evaluation, "evaluation.", 0, "every")
-    at_least(config.evaluation, "evaluation.", 1, "questions readings images batch_size")
-    positive(config.evaluation, "evaluation.", "quick")
-    share(config.evaluation, "evaluation.", "quick")
+    check_benchmarks(config.evaluation)
 
 
 def _balance(config: Config) -> None:

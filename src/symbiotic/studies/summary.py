@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +13,7 @@ from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.evaluation.embedded import Scores
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.runs import PACKAGE, read_json, source_hash, write_json, write_text
+from symbiotic.runs import provenance, read_json, write_json, write_text
 from symbiotic.schema import Config, ConfigError, RunError
 from symbiotic.studies import console
 from symbiotic.studies.curves import draw_instruments
@@ -85,15 +82,6 @@ def routing_table(logged: Mapping[str, float]) -> Any:
 def routing_of(logged: Mapping[str, float]) -> dict[str, float]:
     """The pooled-over-layers routing metrics of the last log."""
     return {name: value for name, value in logged.items() if name.startswith("routing/") and "/layer" not in name}
-
-
-def provenance() -> dict[str, str]:
-    """What a result needs to be comparable: code, commit, versions, machine kind (no host name)."""
-    packages = ("torch", "lightning", "hydra-core", "numpy")
-    command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"code": source_hash(), "commit": commit, "python": platform.python_version(), **versions}
 
 
 def write(arc: Arc, scores: Scores) -> float:
