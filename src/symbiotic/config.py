@@ -35,7 +35,7 @@ which the folder's name shows, `data.num_workers`, and the keys of the trainer t
 LISTS = ("ablation", "callbacks", "logger")
 """Groups of which several options may be chosen at once: `ablation=[a,b]`."""
 
-PATHS = ("run", "runs", "checkpoint", "data", "report")
+PATHS = ("run", "runs", "checkpoint", "report")
 """Keys of `src/eval.py` whose values are paths."""
 
 VOLATILE_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
@@ -266,7 +266,10 @@ def compose_evaluation(overrides: Sequence[str]) -> EvalConfig:
 
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="eval"):
         composer = Composer("eval")
-        raw = _as_dict(OmegaConf.to_container(composer.composed([*map(quoted_path, overrides)]), resolve=False))
+        folders = [override.partition("=")[2] for override in overrides if override.startswith("data=")]
+        others = [quoted_path(override) for override in overrides if not override.startswith("data=")]
+        raw = _as_dict(OmegaConf.to_container(composer.composed(others), resolve=False))
+        raw["data"] = folders[-1] if folders and folders[-1] != "null" else None  # to Hydra, it is the group of train.py
         hydra = raw.pop("hydra")
         task = hydra["overrides"]["task"]
         try:

@@ -14,19 +14,21 @@ import yaml
 
 from symbiotic.config import instantiate
 from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.evaluation.captions import image_size
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.runs import load_state
+from symbiotic.runs import load_state, read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse
 from symbiotic.studies.request import run_folder
 
 AGAIN = "the run's own command writes it again"
+TOKENIZER = "tokenizer.json"
 FINAL, EMA, INITIAL, PARENT_FILE = "model.safetensors", "ema.safetensors", "init.safetensors", "parent.safetensors"
 
 
 @dataclass(frozen=True)
 class Trained:
     """weights: the file that the model's parameters came from. step: of joint training; None where the file does not
-    tell. corpus: the folder of its data, with the tokenizer and the embedded benchmarks."""
+    tell. corpus: the folder of its data, with the embedded benchmarks; it may be gone, as a run keeps its words."""
 
     folder: Path
     config: Config
@@ -35,6 +37,12 @@ class Trained:
     corpus: Path
     tokenizer: Tokenizer
     model: UnifiedModel
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images that it draws: those of its corpus."""
+        known = (read_json(self.folder / "summary.json") or {}).get("image_size")
+        return (int(known[0]), int(known[1])) if known else image_size(self.corpus / "benchmarks" / "generation")
 
 
 def open_run(
@@ -57,11 +65,12 @@ def open_run(
     folder = run_folder(run)
     config = read_config(folder)
     weights = weights_file(folder, checkpoint, step, ema)
-    corpus = corpus_folder(config, data)
-    tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+    corpus = corpus_folder(config, data, needed=data is not None or not (folder / TOKENIZER).is_file())
+    words = folder / TOKENIZER if (folder / TOKENIZER).is_file() else corpus / TOKENIZER
+    tokenizer = Tokenizer.load(words)
     if tokenizer.vocab_size > config.model.vocab_size:
         what = f"{tokenizer.vocab_size} words, the model has {config.model.vocab_size}: not its corpus"
-        raise RunError(f"{corpus}: {what}")
+        raise RunError(f"{words.parent}: {what}")
     model = load_model(config, weights, device)
     return Trained(folder, config, weights, step_of_weights(weights, config), corpus, tokenizer, model)
 
@@ -119,16 +128,16 @@ def step_of_weights(path: Path, config: Config) -> int | None:
     return int(number) if number.isdigit() else None
 
 
-def corpus_folder(config: Config, data: str | None) -> Path:
+def corpus_folder(config: Config, data: str | None, needed: bool = True) -> Path:
     """The corpus that the run was trained on; it is found, never written.
 
     Raises:
-        RunError: it is not there.
+        RunError: it is not there, and needed.
     """
     source = instantiate({**config.data.source, **({"folder": data} if data else {})}, "data.source")
     path = Path(source.path)
-    if not (path / "tokenizer.json").is_file():
-        raise RunError(f"{path / 'tokenizer.json'}: no such file; {AGAIN}, or data=FOLDER says where the corpus lies")
+    if needed and not (path / TOKENIZER).is_file():
+        raise RunError(f"{path / TOKENIZER}: no such file; {AGAIN}, or data=FOLDER says where the corpus lies")
     return path
 
 

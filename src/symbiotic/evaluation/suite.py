@@ -69,6 +69,10 @@ class Suite:
         self.benchmarks, self.tokenizer, self.objective = tuple(benchmarks), tokenizer, objective
         self.size, self.batch_size, self.judges = size, batch_size, judges
 
+    def measurable(self, model: nn.Module) -> list[Benchmark]:
+        """Those that the model can take: one without latents draws no images."""
+        return [b for b in self.benchmarks if not b.needs_latents or getattr(model, "latents", True)]
+
     def run(
         self,
         model: nn.Module,
@@ -95,9 +99,8 @@ class Suite:
         """
         scores = Scores()
         with measuring(model):
-            for benchmark in self.benchmarks:
-                unable = benchmark.needs_latents and not getattr(model, "latents", True)
-                if unable or (only is not None and benchmark.name not in only):
+            for benchmark in self.measurable(model):
+                if only is not None and benchmark.name not in only:
                     continue
                 say(benchmark.name)
                 context = Context(self.tokenizer, self.objective, self.size, seed, self.batch_size, share, folder)

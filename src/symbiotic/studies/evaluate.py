@@ -1,0 +1,298 @@
+"""One evaluation of a run: `<run>/evaluation/<weights>-<hash>/`, found again by everything that decides its scores.
+
+    results.json        scores, protocols, what is missing; written last, always the same bytes
+    parts/NAME.json     what one finished benchmark gave; results.json is put together from them
+    NAME.jsonl          records, one a line
+    images/SET/*.png    generated images; grid.png shows the first of each set
+    seconds.json        how long each benchmark took, where it was measured
+
+An evaluation that was killed goes on: finished benchmarks are not run again, of the others only what has no record yet.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from symbiotic.checks.evaluation import EMBEDDED
+from symbiotic.config import VOLATILE, instantiate
+from symbiotic.data.errors import DataError
+from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value
+from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.embedded import EmbeddedEvaluation
+from symbiotic.evaluation.grid import draw_grid, save_png
+from symbiotic.evaluation.images import image_facts, load_image
+from symbiotic.evaluation.suite import Scores, Suite
+from symbiotic.runs import digest, locked, provenance, read_json, source_hash, state_hash, write_json
+from symbiotic.schema import ConfigError, EvalConfig, Evaluation, RunError
+from symbiotic.trained import EMA, PARENT_FILE, TOKENIZER, Trained, open_run
+
+RESULTS, SECONDS, PARTS = "results.json", "seconds.json", "parts"
+
+CODE = ("models", "objectives", "generation", "data", "evaluation")
+"""Sources that decide what a score is: scores of other code are measured again."""
+
+PACKAGES = ("torch", "numpy", "pillow")
+GRID = 8
+"""Images of each set in the grid."""
+
+Say = Callable[[str], None]
+
+
+def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
+    """Measure what has not been measured yet; returns the folder of the evaluation.
+
+    Args:
+        config: its `run` and `runs` are not read. say: gets a line when a benchmark begins.
+
+    Raises:
+        ConfigError, RunError: what is missing or wrong, in one line. (A benchmark without its files, or with files that
+            cannot be used, is a line in the results.)
+    """
+    start = time.perf_counter()
+    session = open_session(config, run)
+    session.seconds["start-up"] = time.perf_counter() - start
+    with locked(session.folder / ".lock"):
+        for name in session.wanted(config.only):
+            if not session.part(name).is_file():
+                session.measure(name, say)
+        session.write()
+    return session.folder
+
+
+def evaluation_folder(config: EvalConfig, run: Path) -> Path:
+    """Where `evaluate_run` puts the results for this config, whether they are there or not; raises as it does."""
+    return open_session(config, run).folder
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """`results.json` of an evaluation.
+
+    Raises:
+        RunError: there is none; the evaluation never ended.
+    """
+    found = read_json(folder / RESULTS)
+    if not isinstance(found, dict):
+        raise RunError(f"{folder / RESULTS}: no such results; src/eval.py writes them when an evaluation has ended")
+    return found
+
+
+# --------------------------------------------------------------------------- what is measured, on what
+
+
+@dataclass
+class Session:
+    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already.
+    keys: key of the config -> name of the benchmark."""
+
+    trained: Trained
+    suite: Suite
+    seed: int
+    weights_hash: str
+    protocols: dict[str, Mapping[str, Any]]
+    missing: dict[str, str]
+    failed: dict[str, str]
+    keys: dict[str, str]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @functools.cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that decides the scores."""
+        return {
+            "weights_hash": self.weights_hash,
+            "seed": self.seed,
+            "sampler": asdict(self.suite.objective.sampler),
+            "size": list(self.suite.size),
+            "data": self.trained.corpus.name,
+            "protocol": self.protocols,
+            "evaluation_code": source_hash(*CODE),
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        }
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        return self.trained.folder / "evaluation" / f"{weights_name(self.trained)}-{digest(self.identity)[:8]}"
+
+    def part(self, name: str) -> Path:
+        return self.folder / PARTS / f"{name}.json"
+
+    def wanted(self, only: Sequence[str]) -> list[str]:
+        """Names of the benchmarks to measure; `only` are keys of the config."""
+        chosen = {self.keys.get(key, key) for key in only}
+        return [name for name in self.protocols if not only or name in chosen]
+
+    def measure(self, name: str, say: Say) -> None:
+        """Run one benchmark; what it gave becomes its part. One that fails has a line in `failed`."""
+        scores = self.suite.run(
+            self.trained.model, self.seed, only=[name], folder=self.folder, lenient=True, say=lambda n: say(f"   {n} …")
+        )
+        self.seconds |= scores.seconds
+        self.missing |= scores.missing
+        self.failed |= scores.failed
+        if name in scores.protocols and name not in {**scores.missing, **scores.failed}:
+            write_json(self.part(name), part(scores))
+
+    def write(self) -> None:
+        """`results.json` from the parts, last; nothing is written that is there already."""
+        parts = {name: read_json(self.part(name)) for name in self.protocols if self.part(name).is_file()}
+        grid = self.folder / "grid.png"
+        if not grid.is_file():
+            draw_images(self.folder / "images", grid)
+        if set(self.seconds) - {"start-up"}:
+            write_json(self.folder / SECONDS, (read_json(self.folder / SECONDS) or {}) | rounded(self.seconds))
+        known = read_json(self.folder / RESULTS) or {}
+        results = json.loads(json.dumps(self.results(parts)))
+        if known:  # the commit at which it was measured
+            results["provenance"]["evaluation"] = known["provenance"]["evaluation"]
+        if known != results:
+            write_json(self.folder / RESULTS, results)
+
+    def results(self, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        trained = self.trained
+        summary = read_json(trained.folder / "summary.json") or {}
+        facts = {key: value for key, value in self.identity.items() if key != "protocol"}
+        return {
+            "run": trained.folder.name,
+            "weights": weights_name(trained),
+            "step": trained.step,
+            "ema": trained.weights.name == EMA,
+            **facts,
+            "protocol": {name: self.protocols[name] for name in parts},
+            "scores": {name: score for found in parts.values() for name, score in found["scores"].items()},
+            "judges": next((found["judges"] for found in parts.values() if found["judges"]), {}),
+            "missing": {name: line for name, line in self.missing.items() if name not in parts},
+            "failed": {name: line for name, line in self.failed.items() if name not in parts},
+            "problems": list(dict.fromkeys(line for found in parts.values() for line in found["problems"])),
+            "provenance": {
+                "config": config_hash(trained),
+                "parent": summary.get("parent"),
+                "training": summary.get("provenance"),
+                "evaluation": provenance(),
+            },
+        }
+
+
+def open_session(config: EvalConfig, run: Path) -> Session:
+    """Raises as `evaluate_run`."""
+    trained = open_run(
+        run, checkpoint=config.checkpoint, step=config.step, ema=config.ema, data=config.data, device=config.device
+    )
+    benchmarks = make_benchmarks(config.evaluation)
+    suite = make_suite(config, trained, list(benchmarks.values()))
+    protocols, missing, failed = read_protocols(suite, trained.model)
+    seed = trained.config.seed if config.seed is None else config.seed
+    weights, keys = state_hash(trained.model.state_dict()), {key: b.name for key, b in benchmarks.items()}
+    return Session(trained, suite, seed, weights, protocols, missing, failed, keys)
+
+
+def make_suite(config: EvalConfig, trained: Trained, more: Sequence[Benchmark]) -> Suite:
+    """The embedded benchmarks, and `more` behind them; with the run's objective and words."""
+    changed = {name: value for name, value in asdict(config.sampler).items() if value is not None}
+    sampler = dataclasses.replace(trained.config.objective.sampler, **changed)
+    objective = dataclasses.replace(trained.config.objective, sampler=sampler)
+    evaluation = config.evaluation
+    if (trained.corpus / TOKENIZER).is_file():
+        suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more)
+    else:
+        absent = [Absent(name, trained.corpus) for name in EMBEDDED]
+        suite = Suite([*absent, *more], trained.tokenizer, objective, batch_size=evaluation.batch_size)
+    suite.size = trained.size
+    return suite
+
+
+class Absent(Benchmark):
+    """An embedded benchmark whose corpus is gone."""
+
+    def __init__(self, name: str, corpus: Path) -> None:
+        self.name, self.corpus = name, corpus  # type: ignore[misc]
+
+    def protocol(self) -> Mapping[str, Any]:
+        where = "data=FOLDER says where the corpora lie; the run's own command writes it again"
+        raise MissingAsset(f"{self.corpus}: no such corpus; {where}")
+
+    def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
+        yield from ()
+
+
+def make_benchmarks(evaluation: Evaluation) -> dict[str, Benchmark]:
+    """The config's benchmarks by key, in the order in which they run.
+
+    Raises:
+        ConfigError: a node that cannot be built, or two of the same benchmark, whose records would mix.
+    """
+    made: dict[str, Benchmark] = {}
+    for key, node in evaluation.benchmarks.items():
+        if node is None:
+            continue
+        benchmark = instantiate(node, f"evaluation.benchmarks.{key}")
+        twin = next((k for k, b in made.items() if b.name == benchmark.name), None)
+        if twin is not None or benchmark.name in EMBEDDED:
+            other = f"evaluation.benchmarks.{twin}" if twin else "the embedded one"
+            raise ConfigError(f"evaluation.benchmarks.{key}: measures {benchmark.name} as {other} does; leave one out")
+        made[key] = benchmark
+    return made
+
+
+def read_protocols(
+    suite: Suite, model: nn.Module
+) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, str]]:
+    """Benchmark -> its protocol; -> the file that it lacks; -> why its files cannot be used."""
+    protocols, missing, failed = {}, {}, {}
+    for benchmark in suite.measurable(model):
+        try:
+            protocols[benchmark.name] = benchmark.protocol()
+        except MissingAsset as error:
+            missing[benchmark.name] = str(error)
+        except DataError as error:
+            failed[benchmark.name] = str(error)
+    return protocols, missing, failed
+
+
+# --------------------------------------------------------------------------- plain values
+
+
+def weights_name(trained: Trained) -> str:
+    """`step=000450`, `ema`, `parent`, or the stem of another file."""
+    if trained.weights.name == EMA:
+        return "ema"
+    if trained.weights.name == PARENT_FILE or trained.step is None:
+        return re.sub(r"[^\w.=-]+", "_", trained.weights.stem)
+    return f"step={trained.step:06d}"
+
+
+def part(scores: Scores) -> dict[str, Any]:
+    """What one benchmark gave; a number that is none is null."""
+    values = {name: value._asdict() | {"benchmark": scores.benchmark[name]} for name, value in scores.values_of.items()}
+    plain = {name: {k: None if v != v else v for k, v in score.items()} for name, score in values.items()}
+    return {"scores": plain, "judges": scores.judges, "problems": scores.problems}
+
+
+def config_hash(trained: Trained) -> str:
+    """Of what decides the training: no paths, no intervals of logs."""
+    kept = {key: value for key, value in asdict(trained.config).items() if key not in VOLATILE}
+    source = {key: value for key, value in trained.config.data.source.items() if key != "folder"}
+    return digest(kept | {"data": {**kept["data"], "source": source}})
+
+
+def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in seconds.items() if math.isfinite(value)}
+
+
+def draw_images(folder: Path, path: Path) -> None:
+    """The first images of every set, above their captions; nothing where there are none."""
+    sets = sorted(child for child in folder.iterdir() if child.is_dir()) if folder.is_dir() else []
+    shown = [image for one in sets for image in sorted(one.glob("*.png"))[:GRID]]
+    if shown:
+        captions = [image_facts(image).get("prompt", "") for image in shown]
+        save_png(draw_grid([load_image(image) for image in shown], captions), path)

@@ -1,0 +1,162 @@
+"""The command line of `src/eval.py`: a typed config, the evaluation of one run or many, a table, the report.
+
+Imports torch only when there is something to evaluate.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from symbiotic.checks.evaluation import EMBEDDED
+from symbiotic.config import CONF, compose_evaluation
+from symbiotic.evaluation.names import metric
+from symbiotic.schema import EvalConfig, RunError
+from symbiotic.studies.request import command, run_folder
+
+USAGE = """\
+python src/eval.py run=FOLDER [key=value ...]
+python src/eval.py runs=FOLDER [study=NAME] [key=value ...]
+
+The first measures one checkpoint of a run: a table here, results.json, records, images and their grid in
+FOLDER/evaluation/. The second audits and measures every finished run below FOLDER, and writes the report. What has
+been measured is not measured again, and what was interrupted goes on.
+
+  run=FOLDER         the folder of a run (it holds config.yaml), or of a cached parent
+  evaluation=…       what is measured: {options}
+  evaluation.benchmarks.NAME.KEY=PATH
+                     where an asset lies; without it, in the folder that SYMBIOTIC_ASSETS names. What is missing is
+                     said in the table, and the rest is measured
+  only=[a,b]         only these benchmarks: {embedded}, or configured ones
+  checkpoint=FILE    these weights, .safetensors or .ckpt (default: those that the run ended with)
+  step=N             the checkpoint of this optimiser step; 0: what joint training started from
+  ema=true           the averaged weights that the run ended with
+  seed=N             draws the noise that images start from (default: the run's own)
+  sampler.steps=N  sampler.guidance=X  sampler.time_shift=X
+                     image sampling (default: the run's own); part of the protocol
+  data=FOLDER        where the corpora lie, if they were moved
+  device=cpu         where the model runs;   threads=1   torch threads
+
+  runs=FOLDER        every finished run below it
+  study=NAME         what is compared, and the hypotheses: conf/study/NAME.yaml (default: arms are found from the runs)
+  factors=[a,b]      config keys in which arms may differ (default: those of the study)
+  report=FOLDER      where the report goes (default: report/ in the folder of runs)
+  evaluate=false     report what has been evaluated
+
+--cfg job prints the composed config, with the keys of all assets. Exit status: 0, also with assets missing; 1 where a
+benchmark's files cannot be used, after all others ran; 2 for a wrong key or value.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status."""
+    options = ", ".join(sorted(path.stem for path in (CONF / "evaluation").glob("*.yaml")))
+    return command(USAGE.format(options=options, embedded=", ".join(EMBEDDED)), act, arguments)
+
+
+def act(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        ConfigError, RunError: what is wrong, in one line; also when a benchmark failed, after all others.
+    """
+    shown = [argument for argument in arguments if argument not in ("--cfg", "-c", "job")]
+    config = compose_evaluation(shown)
+    if len(shown) < len(arguments):
+        print(yaml.safe_dump(asdict(config), sort_keys=False, width=120), end="")
+        return
+    runs = [run_folder(config.run)] if config.run is not None else finished_runs(Path(str(config.runs)))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, by any library
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (see launch.run_arc)
+    failed = evaluate(config, runs)
+    if config.runs is not None:
+        report(config, Path(config.runs))
+    if failed:
+        raise RunError(f"{len(failed)} not measured: {'; '.join(failed)}")
+
+
+def finished_runs(root: Path) -> list[Path]:
+    """Raises RunError where there is none."""
+    found = sorted(path.parent for path in root.rglob("summary.json"))
+    if not found:
+        raise RunError(f"{root}: no finished run (a folder with summary.json) in here")
+    return found
+
+
+def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
+    """Every run, and a table of each; returns the lines of what failed."""
+    import torch
+
+    from symbiotic.runs import read_json
+    from symbiotic.studies import console
+    from symbiotic.studies.evaluate import SECONDS, evaluate_run, read_results
+
+    torch.set_num_threads(config.threads)
+    failed = []
+    for number, run in enumerate(runs if config.evaluate else (), 1):
+        print(f"{run}" + (f" ({number} of {len(runs)})" if len(runs) > 1 else ""), flush=True)
+        folder = evaluate_run(config, run)
+        results, seconds = read_results(folder), read_json(folder / SECONDS) or {}
+        console.show(table(results), *notes(results, seconds, folder))
+        failed += [f"{run.name}: {name}: {line}" for name, line in results["failed"].items()]
+    return failed
+
+
+def report(config: EvalConfig, runs: Path) -> None:
+    from symbiotic.studies.report import write_report  # type: ignore[import-untyped,unused-ignore]
+
+    folder = Path(config.report) if config.report is not None else runs / "report"
+    for path in write_report(runs, config.study, config.factors, folder, config):
+        print(path)
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def table(results: Mapping[str, Any]) -> Any:
+    """Every score with its samples, chance and interval; below, what was not measured, and why."""
+    from symbiotic.studies import console
+
+    rows = [row(name, score) for name, score in results["scores"].items()]
+    title = f"{results['run']}, {results['weights']}, seed {results['seed']}"
+    return console.make_table(title, ["score", "n", "chance", "value", "95 % interval"], rows)
+
+
+def row(name: str, score: Mapping[str, Any]) -> list[str]:
+    """Of a share of right answers without an interval of its own, Wilson's."""
+    from symbiotic.studies.console import NONE
+
+    facts, value, n = metric(name), score["value"], score["n"]
+    low, high = score["low"], score["high"]
+    if low is None and facts.share and value is not None and n:
+        low, high = wilson(value, n)
+    digits = facts.digits
+    interval = NONE if low is None or high is None else f"{low:.{digits}f} to {high:.{digits}f}"
+    chance = NONE if facts.chance is None else f"{facts.chance:.{digits}f}"
+    return [name, str(n), chance, NONE if value is None else f"{value:.{digits}f}", interval]
+
+
+def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share of n (Wilson 1927)."""
+    middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+
+
+def notes(results: Mapping[str, Any], seconds: Mapping[str, float], folder: Path) -> list[str]:
+    """What was not measured, what could not be used, where the time went, where the files are."""
+    lines = [f"not measured: {name}: {line}" for name, line in results["missing"].items()]
+    lines += [f"FAILED: {name}: {line}" for name, line in results["failed"].items()]
+    lines += [f"left out: {line}" for line in results["problems"][:SHOWN]]
+    if len(results["problems"]) > SHOWN:
+        lines.append(f"left out: {len(results['problems']) - SHOWN} more; see results.json")
+    lines.append("time: " + "  ".join(f"{name} {value:.1f} s" for name, value in seconds.items()))
+    return [*lines, f"results: {folder / 'results.json'}"]
+
+
+SHOWN = 10
+"""Items left out that are named on the terminal."""
