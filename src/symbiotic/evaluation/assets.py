@@ -14,6 +14,7 @@ from pathlib import Path
 
 from symbiotic.data.errors import readable_errors
 from symbiotic.evaluation.benchmark import MissingAsset
+from symbiotic.schema import ConfigError
 
 ASSETS = "SYMBIOTIC_ASSETS"
 
@@ -47,6 +48,13 @@ def asset(path: str | None, *places: str, key: str, how: str) -> Path:
     looked = " or ".join(f"${ASSETS}/{place}" for place in places)
     state = f"{ASSETS}={root}" if root else f"{ASSETS} is not set"
     raise MissingAsset(f"{places[0]}: no such file; looked for {looked} ({state}); or set {key}=PATH; {how}")
+
+
+def at_least(key: str, least: int, **values: int) -> None:
+    """Raises ConfigError: a value that is too small. key: of the config, above the values' names."""
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{key}.{name}={value}: must be at least {least}")
 
 
 def package(name: str, extra: str) -> None:

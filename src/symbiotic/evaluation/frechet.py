@@ -40,17 +40,22 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, float(distance))
 
 
-def frechet_value(made: np.ndarray, real: np.ndarray, resamples: int = 100) -> Value:
-    """Distance of features [n, d], with a 95 % interval by the bootstrap over the generated ones.
+def frechet_interval(made: np.ndarray, target: Gaussian, value: float, resamples: int) -> tuple[float, float]:
+    """95 % interval of the distance `value` of features [n, d], by the bootstrap over them.
 
     The plain bootstrap of a Frechet distance is biased upwards (resampled sets are less diverse), so the interval is
     the spread of the resampled distances around their own mean, put around the distance (ours).
     """
+    draw = np.random.default_rng(0)
+    again = [frechet_distance(fit(made[draw.integers(0, len(made), len(made))]), target) for _ in range(resamples)]
+    low, high = np.quantile(again, [0.025, 0.975]) - np.mean(again)
+    return max(0.0, value + float(low)), value + float(high)
+
+
+def frechet_value(made: np.ndarray, real: np.ndarray, resamples: int = 100) -> Value:
+    """Distance of features [n, d], with its `frechet_interval`; NaN of fewer than two samples."""
     if len(made) < 2 or len(real) < 2:
         return Value(float("nan"), len(made))
     target = fit(real)
     value = frechet_distance(fit(made), target)
-    draw = np.random.default_rng(0)
-    again = [frechet_distance(fit(made[draw.integers(0, len(made), len(made))]), target) for _ in range(resamples)]
-    low, high = np.quantile(again, [0.025, 0.975]) - np.mean(again)
-    return Value(value, len(made), max(0.0, value + float(low)), value + float(high))
+    return Value(value, len(made), *frechet_interval(made, target, value, resamples))

@@ -35,7 +35,17 @@ EMBEDDED = {
     "flow_error": Metric("flow error", "generation", "lower"),
 }
 
-OFFICIAL: dict[str, Metric] = {}
+OFFICIAL: dict[str, Metric] = {
+    "fid": Metric("FID", "generation", "lower", official=True, digits=2),
+    "kid": Metric("KID", "generation", "lower", official=True, digits=4),
+    "inception_score": Metric("inception score", "generation", official=True, digits=2),
+    "precision": Metric("precision", "generation", official=True),
+    "recall": Metric("recall", "generation", official=True),
+    "clip_score": Metric("CLIP score", "generation", official=True, digits=2),
+    "clip_cosine": Metric("CLIP cosine", "generation", official=True),
+    "hps_v2": Metric("HPSv2", "generation", official=True),
+    "hps_v2.1": Metric("HPSv2.1", "generation", official=True),
+}
 
 METRICS = EMBEDDED | OFFICIAL
 
