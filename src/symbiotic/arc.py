@@ -11,6 +11,7 @@ import math
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from symbiotic.callbacks.csv_log import CSVLog
+from symbiotic.callbacks.ema import EMA, PREFIX
 from symbiotic.callbacks.in_loop_evaluation import SCORES, InLoopEvaluation, read_scores, record_scores
 from symbiotic.callbacks.log import StepLog
 from symbiotic.callbacks.lr_phases import LRPhases
@@ -52,9 +54,13 @@ from symbiotic.runs import (
     source_hash,
     state_hash,
     write_json,
+    write_text,
 )
-from symbiotic.schema import Config, ConfigError, Evaluation, Objective, Phase, Phases, RunError, Surgery
+from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
+from symbiotic.studies.evaluate import make_benchmarks
+from symbiotic.trained import EMA as EMA_FILE
+from symbiotic.trained import FINAL, TOKENIZER
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 
@@ -99,6 +105,8 @@ class Arc:
         self.journal = Journal(self.cache / "seconds.json")
         self.made = make_callbacks(config)  # now: a wrong argument costs no stage 0
         self.scorers: subprocess.Popen[bytes] | None = None
+        self.ema_scores: Scores | None = None
+        self.told: set[str] = set()
 
     def run(self) -> float:
         done = summary.finished(self.folder, self.config)
@@ -128,6 +136,8 @@ class Arc:
             self.data: Path = source.prepare()
             self.index = ShardIndex.load(self.data / "index.npz")
         check_data(self.config, self.data, self.index)
+        words = (self.data / TOKENIZER).read_text(encoding="utf-8")
+        write_text(self.folder / TOKENIZER, words)  # a run answers and draws without its corpus
         evaluation = self.config.evaluation
         more = make_benchmarks(evaluation)
         self.evaluation = EmbeddedEvaluation(
@@ -234,15 +244,20 @@ class Arc:
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
             module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
-            save_state(self.folder / "model.safetensors", module.model.state_dict())
+            save_state(self.folder / FINAL, module.model.state_dict())
         with self.journal.step("evaluation", self.evaluation_key(), "evaluate the final model", self.folder / SCORES):
+            if any(isinstance(callback, EMA) for callback in self.made.values()):
+                average = built(config, load_state(self.folder / EMA_FILE), latents=True)
+                self.ema_scores = self.record(average, steps, PREFIX)
             return self.record(module.model, steps)
 
     def callbacks(self) -> list[Any]:
         """The callbacks, with what they measure by."""
         for callback in self.made.values():
-            if isinstance(callback, InLoopEvaluation):
+            if isinstance(callback, (InLoopEvaluation, EMA)):
                 callback.evaluate = self.look
+            if isinstance(callback, EMA):
+                callback.save = partial(save_state, self.folder / EMA_FILE)
             if isinstance(callback, SampleGrid):
                 callback.draw = self.draw
             if isinstance(callback, SharedOnlyProbe):
@@ -260,13 +275,19 @@ class Arc:
     def evaluation_key(self) -> str:
         return digest([asdict(self.config.evaluation), self.fingerprint, asdict(self.config.objective)])
 
-    def evaluate(self, model: nn.Module) -> Scores:
-        return self.evaluation.run(model, self.config.seed)
+    def evaluate(self, model: nn.Module, share: float = 1.0) -> Scores:
+        """What could not be measured or used is said once in a run."""
+        scores = self.evaluation.run(model, self.config.seed, share=share)
+        for line in (*scores.problems, *scores.missing.values()):
+            if line not in self.told:
+                print(f"   evaluation: {line}", flush=True)
+        self.told |= {*scores.problems, *scores.missing.values()}
+        return scores
 
     def look(self, model: nn.Module) -> Mapping[str, float]:
         """What in-loop evaluations measure: a share of the samples has names of its own."""
         quick = self.config.evaluation.quick
-        scores = self.evaluation.run(model, self.config.seed, share=quick)
+        scores = self.evaluate(model, quick)
         return scores if quick == 1 else {f"quick/{name}": value for name, value in scores.items()}
 
     def understanding(self, model: nn.Module) -> Scores:
@@ -281,20 +302,13 @@ class Arc:
             images = pictures(model, texts, tokenizer, self.config.objective, size=size, seed=self.config.seed)
         return images.numpy(), texts
 
-    def record(self, model: nn.Module, step: int) -> Scores:
-        """Evaluate, keep every prediction, add the scores to the run folder."""
+    def record(self, model: nn.Module, step: int, prefix: str = "") -> Scores:
+        """Evaluate, keep every prediction, add the scores to the run folder, their names behind `prefix`."""
         scores = self.evaluate(model)
-        for problem in (*scores.problems, *scores.missing.values()):
-            print(f"   evaluation: {problem}", flush=True)
-        write_jsonl(self.folder / "predictions" / f"step={step:06d}.jsonl", scores.records)
-        record_scores(self.folder / SCORES, step, scores)
+        file = f"{prefix.replace("/", "-")}step={step:06d}.jsonl"
+        write_jsonl(self.folder / "predictions" / name, scores.records)
+        record_scores(self.folder / SCORES, step, {f"{prefix}{name}": value for name, value in scores.items()})
         return scores
-
-
-def make_benchmarks(evaluation: Evaluation) -> dict[str, Any]:
-    """The config's benchmarks by name, in the order in which they run."""
-    nodes = evaluation.benchmarks.items()
-    return {name: instantiate(node, f"evaluation.benchmarks.{name}") for name, node in nodes if node is not None}
 
 
 def make_callbacks(config: Config) -> dict[str, Any]:

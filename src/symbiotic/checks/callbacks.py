@@ -5,7 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
-from symbiotic.checks.rules import known
+from symbiotic.checks.rules import known, require
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import ALARM_ACTIONS, Config, ConfigError
 from symbiotic.training.phases import balance_weight
@@ -15,6 +15,7 @@ def check_callbacks(config: Config) -> None:
     """Raises ConfigError."""
     _needed(config)
     _alarm(config)
+    _ema(config)
 
 
 def _needed(config: Config) -> None:
@@ -50,3 +51,11 @@ def _alarm(config: Config) -> None:
     if action == "rebalance" and not any(weights) and not config.objective.balance.bias_rate:
         zero = "objective.balance_weight, every phase's balance and objective.balance.bias_rate are 0"
         raise ConfigError(f"{key}=rebalance: has nothing to raise: {zero}")
+
+
+def _ema(config: Config) -> None:
+    node = config.callbacks.get("ema") or {}
+    decay, every = node.get("decay", 0.0), node.get("every", 0)
+    number = isinstance(decay, (int, float)) and not isinstance(decay, bool)
+    require(number and 0 <= decay < 1, "callbacks.ema.decay", decay, "must be at least 0 and below 1")
+    require(isinstance(every, int) and every >= 0, "callbacks.ema.every", every, "must be a whole number, at least 0")

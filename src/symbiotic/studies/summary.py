@@ -84,6 +84,17 @@ def routing_of(logged: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in logged.items() if name.startswith("routing/") and "/layer" not in name}
 
 
+def ema_table(scores: Scores, averaged: Scores | None, steps: int) -> Any:
+    """The averaged weights beside the last ones; None for a run without an average."""
+    if averaged is None:
+        return None
+    stages = {
+        name: {score: (value, found.n[score]) for score, value in found.items()}
+        for name, found in ((f"step {steps}", scores), ("ema", averaged))
+    }
+    return console.summary_table(stages, "Averaged weights")
+
+
 def write(arc: Arc, scores: Scores) -> float:
     """Print and store the final table with its anchors; returns the metric of the run."""
     config, folder, steps = arc.config, arc.folder, arc.config.phases.steps
@@ -98,6 +109,7 @@ def write(arc: Arc, scores: Scores) -> float:
         f"{config.system.name}, seed {config.seed}",
         f"The judges' own accuracy: {judged}." if judged else None,
     )
+    averaged = ema_table(scores, arc.ema_scores, steps)
     logged = last_values(folder / "metrics.csv")
     routing = routing_table(logged)
     grids = sorted((folder / "samples").glob("*.png"))
@@ -115,7 +127,7 @@ def write(arc: Arc, scores: Scores) -> float:
         "receipt": folder / "receipt.json",
     }
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in arc.journal.seconds.items())
-    parts = [part for part in (table, routing) if part is not None]
+    parts = [part for part in (table, averaged, routing) if part is not None]
     record = "\n".join(f"step {event['step']}: {event['text']}" for event in events) or "no event"
     shown = (*parts, f"record: {record}", console.path_list(paths), f"time: {seconds}")
     console.show(*shown)
@@ -130,9 +142,11 @@ def write(arc: Arc, scores: Scores) -> float:
             "steps": steps,
             "parent": arc.parent_name,
             "data": arc.fingerprint,
+            "image_size": list(arc.evaluation.size),
             "tokens": arc.tokens,
             "scores": dict(scores),
             "n": dict(scores.n),
+            **({"ema": dict(arc.ema_scores)} if arc.ema_scores is not None else {}),
             "judges": dict(scores.judges),
             "anchors": {"stage 0": arc.stage0_scores, "iteration 0": stages["iteration 0"]},
             "routing": routing_of(logged),
