@@ -305,8 +305,8 @@ class Arc:
     def record(self, model: nn.Module, step: int, prefix: str = "") -> Scores:
         """Evaluate, keep every prediction, add the scores to the run folder, their names behind `prefix`."""
         scores = self.evaluate(model)
-        file = f"{prefix.replace("/", "-")}step={step:06d}.jsonl"
-        write_jsonl(self.folder / "predictions" / name, scores.records)
+        file = prefix.replace("/", "-") + f"step={step:06d}.jsonl"
+        write_jsonl(self.folder / "predictions" / file, scores.records)
         record_scores(self.folder / SCORES, step, {f"{prefix}{name}": value for name, value in scores.items()})
         return scores
 
