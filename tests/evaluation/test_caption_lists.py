@@ -46,9 +46,16 @@ def test_coco_gives_the_first_caption_of_every_image_in_a_fixed_random_order(tmp
 
 def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     path = tmp_path / "captions_x.json"
-    names = {1: "a.png", 2: "b.png", 3: "../c.png", 4: "d.png"}
+    names = {1: "a.png", 2: "b.png", 3: "../c.png", 4: "d.png", 6: "/e.png"}
     images: list[Any] = [{"id": number, "file_name": name} for number, name in names.items()]
-    rows = [(10, 1, "  "), (11, 1, "kept\n"), (12, 2, None), (13, 3, "leaves"), (14, 9, "of no image")]
+    rows = [
+        (10, 1, "  "),
+        (11, 1, "kept\n"),
+        (12, 2, None),
+        (13, 3, "leaves"),
+        (16, 6, "leaves"),
+        (14, 9, "of no image"),
+    ]
     annotations: list[Any] = [{"id": i, "image_id": image, "caption": text} for i, image, text in rows]
     path.write_text(json.dumps({"images": [*images, {"id": 5}, 3], "annotations": [*annotations, {"id": 15}, "x"]}))
     items, problems = read_caption_list(path)
@@ -56,10 +63,11 @@ def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     expected = {
         "annotation 10: caption '  '; must be a text, not empty",
         "annotation 12: caption None; must be a text, not empty",
-        "annotation 5: needs the numbers id and image_id, and caption",
+        "image 6: image '/e.png' must be a path in the folder of images",
         "annotation 6: needs the numbers id and image_id, and caption",
-        "image 4: needs the number id, and file_name",
+        "annotation 7: needs the numbers id and image_id, and caption",
         "image 5: needs the number id, and file_name",
+        "image 6: needs the number id, and file_name",
         "image 2: no caption",
         "image 4: no caption",
         "image 3: image '../c.png' must be a path in the folder of images",

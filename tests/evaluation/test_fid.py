@@ -186,11 +186,12 @@ def test_the_interval_of_fid_is_that_of_resampled_features(assets: Path, here: C
 def test_too_few_images_are_a_line_and_no_number(assets: Path, here: Context) -> None:
     scores = measured(tiny(num_images=5), here)
     assert [name for name, value in scores.items() if np.isnan(value.value)] == ["kid"]
-    assert here.problems == ["fid: no kid of 5 generated images and 5 real ones: it needs 8 of each"]
+    assert here.problems == ["fid: no kid of 5 generated images and 5 real ones; it needs 8 of each"]
     here.problems.clear()
     scores = measured(tiny(num_images=1), here)
     assert all(np.isnan(value.value) and value.n == 1 for value in scores.values())
     assert [line.split(" of ")[0] for line in here.problems] == [f"fid: no {name}" for name in scores]
+    assert "fid: no inception_score of 1 generated images; it needs 2" in here.problems
     here.share = 0.1  # a quick look: 3 of 24 captions, all real images
     here.problems.clear()
     scores = measured(tiny(), here)
@@ -268,14 +269,22 @@ def test_missing_assets_are_said(assets: Path, here: Context) -> None:
         tiny(kid_subset_size=1)
 
 
-@pytest.mark.parametrize("content", [b"damaged", [1, 2], {"weight": 3}, {"weight": Path("x").joinpath}])
-def test_weights_that_are_none_or_would_run_code(tmp_path: Path, content: Any) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"damaged", "not weights"),
+        ([1, 2], "must hold a dictionary of tensors"),
+        ({"weight": 3}, "must hold a dictionary of tensors"),
+        ({"weight": Path("x").joinpath}, "not weights"),
+    ],
+)
+def test_weights_that_are_none_or_would_run_code(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
     else:
         torch.save(content, path)
-    with pytest.raises(DataError, match=r"weights\.pth: (not weights|must hold a dictionary of tensors)") as error:
+    with pytest.raises(DataError, match=rf"weights\.pth: {message}") as error:
         check_weights(path)
     assert "\n" not in str(error.value)
 

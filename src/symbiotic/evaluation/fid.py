@@ -177,11 +177,12 @@ class FID(Benchmark):
         least = {"fid": 2, "inception_score": self.settings["isc_splits"]}
         if real is not None:
             least |= {"kid": self.settings["kid_subset_size"], "precision": neighbours, "recall": neighbours}
-        there = {score: made if score == "inception_score" or real is None else min(made, real) for score in least}
+        alone = {"inception_score"} if real is not None else set(least)
+        there = {score: made if score in alone else min(made, real or 0) for score in least}
         for score, count in least.items():
             if there[score] < count:
-                of = f"{made} generated images" + (f" and {real} real ones" if real is not None else "")
-                problems.append(f"fid: no {score} of {of}: it needs {count} of each")
+                of = f"{made} generated images" + ("" if score in alone else f" and {real} real ones")
+                problems.append(f"fid: no {score} of {of}; it needs {count}{'' if score in alone else ' of each'}")
         return {score: there[score] >= count for score, count in least.items()}
 
     def cache_folder(self) -> Path | None:
