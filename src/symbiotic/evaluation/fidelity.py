@@ -80,43 +80,33 @@ def compare(
     Raises:
         DataError: torch-fidelity refuses.
     """
+    switches = {SWITCHES[score] for score in scores}
     with TemporaryDirectory(prefix="fidelity-") as temporary:
         folder = Path(temporary)
-        call: dict[str, Any] = {
-            **settings,
+        call = settings | {
             "input1": made,
-            "input2": real if isinstance(real, Pixels) else Pixels(0, np.zeros),
             "input1_cache_name": "made" if resamples else None,
+            "input2": real if isinstance(real, Pixels) else Pixels(0, np.zeros),  # never read: statistics are there
             "input2_cache_name": name,
             "cache_root": temporary,
-            "feature_extractor": extractor.name,
-            "feature_extractor_weights_path": str(extractor.weights),
-            "cuda": extractor.device.type == "cuda",
-            "batch_size": extractor.batch_size,
-            "save_cpu_ram": True,  # no worker processes, and distances piece by piece
-            "verbose": False,
         }
-        switches = {SWITCHES[score] for score in scores}
         if isinstance(real, Pixels):
             with _kept(folder, cache, name):
                 found = _calculate(call, extractor, switches)
         else:
             write_statistics(folder, name, extractor.name, real)
             found = _calculate(call, extractor, switches & {"fid"})
-            alone = {"input1_cache_name": None, "input2": None, "input2_cache_name": None}
-            found |= _calculate(call | alone, extractor, switches & {"isc"})
-        values = {score: Value(found[key], len(made)) for score, key in KEYS.items() if key in found}
+            found |= _calculate(settings | {"input1": made, "cache": False}, extractor, switches & {"isc"})
+        values = {score: Value(found[KEYS[score]], len(made)) for score in scores}
         if "kid" in values:
-            spread = 1.96 * found["kernel_inception_distance_std"]
-            values["kid"] = Value(
-                found[KEYS["kid"]], len(made), found[KEYS["kid"]] - spread, found[KEYS["kid"]] + spread
-            )
+            mean, spread = values["kid"].value, 1.96 * found["kernel_inception_distance_std"]
+            values["kid"] = Value(mean, len(made), mean - spread, mean + spread)
         if "fid" in values and resamples:
             target = real if isinstance(real, Gaussian) else fit(_features(folder, name, extractor.name))
             features = _features(folder, "made", extractor.name)
-            low, high = frechet_interval(features, target, values["fid"].value, resamples)
-            values["fid"] = values["fid"]._replace(low=low, high=high)
-        return {score: values[score] for score in scores}
+            interval = frechet_interval(features, target, values["fid"].value, resamples)
+            values["fid"] = Value(values["fid"].value, len(made), *interval)
+        return values
 
 
 def _calculate(call: dict[str, Any], extractor: Extractor, switches: Collection[str]) -> dict[str, float]:
@@ -124,9 +114,18 @@ def _calculate(call: dict[str, Any], extractor: Extractor, switches: Collection[
         return {}
     from torch_fidelity import calculate_metrics
 
+    cuda = extractor.device.type == "cuda"
+    named = {
+        "feature_extractor": extractor.name,
+        "feature_extractor_weights_path": str(extractor.weights),
+        "batch_size": extractor.batch_size,
+        "cuda": cuda,
+        "save_cpu_ram": True,  # no worker processes, and distances piece by piece
+        "verbose": False,
+    }
     try:
-        with torch.cuda.device(extractor.device) if call["cuda"] else nullcontext():
-            return calculate_metrics(**call, **dict.fromkeys(switches, True))
+        with torch.cuda.device(extractor.device) if cuda else nullcontext():
+            return calculate_metrics(**call, **named, **dict.fromkeys(switches, True))
     except DataError:
         raise
     except Exception as error:  # assertions, torch's and numpy's own errors
