@@ -216,7 +216,8 @@ class Composer:
         chosen = self.composed([]).hydra.runtime.choices
         groups = {path.name: None for path in CONF.iterdir() if path.name in chosen}
         try:
-            cfg = self.composed([o for o in overrides if o.split("=")[0] in groups and "," not in o])
+            plain = [o for o in overrides if "," not in o or "=[" in o]
+            cfg = self.composed([o for o in plain if o.split("=")[0] in groups])
         except ConfigError:
             cfg = self.composed([])
         return {**groups, **_as_dict(OmegaConf.to_container(cfg, resolve=False))}
@@ -266,10 +267,9 @@ def compose_evaluation(overrides: Sequence[str]) -> EvalConfig:
 
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="eval"):
         composer = Composer("eval")
-        folders = [override.partition("=")[2] for override in overrides if override.startswith("data=")]
-        others = [quoted_path(override) for override in overrides if not override.startswith("data=")]
-        raw = _as_dict(OmegaConf.to_container(composer.composed(others), resolve=False))
-        raw["data"] = folders[-1] if folders and folders[-1] != "null" else None  # to Hydra, it is the group of train.py
+        folders, others = split_data(overrides)
+        raw = _as_dict(OmegaConf.to_container(composer.composed([*map(quoted_path, others)]), resolve=False))
+        raw["data"] = folders[-1] if folders else None
         hydra = raw.pop("hydra")
         task = hydra["overrides"]["task"]
         try:
@@ -277,6 +277,13 @@ def compose_evaluation(overrides: Sequence[str]) -> EvalConfig:
         except COMPOSE_ERRORS as error:
             line = str(error) if isinstance(error, ConfigError) else explain(error, task, composer.known, CONF)
             raise ConfigError(line) from error
+
+
+def split_data(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Folders given by `data=`, which Hydra would take for the group of that name, and the other overrides."""
+    given = [override for override in overrides if override.startswith("data=")]
+    folders = [override.removeprefix("data=") for override in given]
+    return [f for f in folders if f != "null"], [o for o in overrides if o not in given]
 
 
 def quoted_path(override: str) -> str:
