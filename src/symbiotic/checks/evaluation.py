@@ -48,7 +48,8 @@ def check_evaluation(config: EvalConfig, explicit: Mapping[str, str]) -> None:
     require(config.seed is None or 0 <= config.seed < 2**32, "seed", config.seed, "must be in [0, 2**32), or null")
     device = re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", config.device)
     require(bool(device), "device", config.device, "must be cpu, cuda, mps or xpu, or one of several, as in cuda:1")
-    known("only", config.only, (*EMBEDDED, *config.evaluation.benchmarks), "benchmark")
+    there = (name for name, node in config.evaluation.benchmarks.items() if node is not None)
+    known("only", config.only, (*EMBEDDED, *there), "benchmark")
     for name, low in (("steps", 1), ("guidance", 0)):
         value = getattr(config.sampler, name)
         require(value is None or low <= value < float("inf"), f"sampler.{name}", value, f"must be at least {low}")

@@ -64,8 +64,9 @@ def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
     session = open_session(config, run)
     session.seconds["start-up"] = time.perf_counter() - start
     with locked(session.folder / ".lock"):
-        for name in session.wanted(config.only):
-            if not session.part(name).is_file():
+        asked = benchmark_names(config.evaluation, config.only)
+        for name in session.protocols:
+            if name in asked and not session.part(name).is_file():
                 session.measure(name, say)
         session.write()
     return session.folder
@@ -93,8 +94,7 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 @dataclass
 class Session:
-    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already.
-    keys: key of the config -> name of the benchmark."""
+    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already."""
 
     trained: Trained
     suite: Suite
@@ -103,7 +103,6 @@ class Session:
     protocols: dict[str, Mapping[str, Any]]
     missing: dict[str, str]
     failed: dict[str, str]
-    keys: dict[str, str]
     seconds: dict[str, float] = field(default_factory=dict)
 
     @functools.cached_property
@@ -126,11 +125,6 @@ class Session:
 
     def part(self, name: str) -> Path:
         return self.folder / PARTS / f"{name}.json"
-
-    def wanted(self, only: Sequence[str]) -> list[str]:
-        """Names of the benchmarks to measure; `only` are keys of the config."""
-        chosen = {self.keys.get(key, key) for key in only}
-        return [name for name in self.protocols if not only or name in chosen]
 
     def measure(self, name: str, say: Say) -> None:
         """Run one benchmark; what it gave becomes its part. One that fails has a line in `failed`."""
@@ -188,20 +182,18 @@ def open_session(config: EvalConfig, run: Path) -> Session:
     trained = open_run(
         run, checkpoint=config.checkpoint, step=config.step, ema=config.ema, data=config.data, device=config.device
     )
-    benchmarks = make_benchmarks(config.evaluation)
-    suite = make_suite(config, trained, list(benchmarks.values()))
+    suite = make_suite(config, trained)
     protocols, missing, failed = read_protocols(suite, trained.model)
     seed = trained.config.seed if config.seed is None else config.seed
-    weights, keys = state_hash(trained.model.state_dict()), {key: b.name for key, b in benchmarks.items()}
-    return Session(trained, suite, seed, weights, protocols, missing, failed, keys)
+    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), protocols, missing, failed)
 
 
-def make_suite(config: EvalConfig, trained: Trained, more: Sequence[Benchmark]) -> Suite:
-    """The embedded benchmarks, and `more` behind them; with the run's objective and words."""
+def make_suite(config: EvalConfig, trained: Trained) -> Suite:
+    """The embedded benchmarks, and the configured ones behind them; with the run's objective and words."""
     changed = {name: value for name, value in asdict(config.sampler).items() if value is not None}
     sampler = dataclasses.replace(trained.config.objective.sampler, **changed)
     objective = dataclasses.replace(trained.config.objective, sampler=sampler)
-    evaluation = config.evaluation
+    evaluation, more = config.evaluation, list(make_benchmarks(config.evaluation).values())
     if (trained.corpus / TOKENIZER).is_file():
         suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more)
     else:
@@ -242,6 +234,12 @@ def make_benchmarks(evaluation: Evaluation) -> dict[str, Benchmark]:
             raise ConfigError(f"evaluation.benchmarks.{key}: measures {benchmark.name} as {other} does; leave one out")
         made[key] = benchmark
     return made
+
+
+def benchmark_names(evaluation: Evaluation, only: Sequence[str]) -> set[str]:
+    """Names of the benchmarks at these keys of the config, or of the embedded ones; of all where no key is given."""
+    names = {name: name for name in EMBEDDED} | {key: b.name for key, b in make_benchmarks(evaluation).items()}
+    return {names[key] for key in only if key in names} if only else set(names.values())
 
 
 def read_protocols(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ def act(arguments: Sequence[str]) -> None:
     runs = [run_folder(config.run)] if config.run is not None else finished_runs(Path(str(config.runs)))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, by any library
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (see launch.run_arc)
-    failed = evaluate(config, runs)
+    failed = evaluate(config, runs) if config.evaluate else []
     if config.runs is not None:
         report(config, Path(config.runs))
     if failed:
@@ -90,20 +91,24 @@ def finished_runs(root: Path) -> list[Path]:
 
 def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
     """Every run, and a table of each; returns the lines of what failed."""
+    start = time.perf_counter()
     import torch
 
     from symbiotic.runs import read_json
     from symbiotic.studies import console
-    from symbiotic.studies.evaluate import SECONDS, evaluate_run, read_results
+    from symbiotic.studies.evaluate import SECONDS, benchmark_names, evaluate_run, read_results
 
     torch.set_num_threads(config.threads)
+    asked = benchmark_names(config.evaluation, config.only)
     failed = []
-    for number, run in enumerate(runs if config.evaluate else (), 1):
+    print(f"imports: {time.perf_counter() - start:.1f} s", flush=True)
+    for number, run in enumerate(runs, 1):
         print(f"{run}" + (f" ({number} of {len(runs)})" if len(runs) > 1 else ""), flush=True)
         folder = evaluate_run(config, run)
         results, seconds = read_results(folder), read_json(folder / SECONDS) or {}
-        console.show(table(results), *notes(results, seconds, folder))
-        failed += [f"{run.name}: {name}: {line}" for name, line in results["failed"].items()]
+        absent = {key: {n: line for n, line in results[key].items() if n in asked} for key in ("missing", "failed")}
+        console.show(table(results), *notes({**results, **absent}, seconds, folder))
+        failed += [f"{run.name}: {name}: {line}" for name, line in absent["failed"].items()]
     return failed
 
 
