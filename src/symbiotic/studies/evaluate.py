@@ -38,7 +38,7 @@ from symbiotic.runs import digest, locked, provenance, read_json, source_hash, s
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation, RunError
 from symbiotic.trained import EMA, PARENT_FILE, TOKENIZER, Trained, open_run
 
-RESULTS, SECONDS, PARTS = "results.json", "seconds.json", "parts"
+RESULTS, SECONDS, PARTS, LOCK = "results.json", "seconds.json", "parts", ".lock"
 
 CODE = ("models", "objectives", "generation", "data", "evaluation")
 """Sources that decide what a score is: scores of other code are measured again."""
@@ -63,7 +63,8 @@ def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
     start = time.perf_counter()
     session = open_session(config, run)
     session.seconds["start-up"] = time.perf_counter() - start
-    with locked(session.folder / ".lock"):
+    with locked(session.folder / LOCK):
+        sweep(session.folder)
         asked = benchmark_names(config.evaluation, config.only)
         for name in session.protocols:
             if name in asked and not session.part(name).is_file():
@@ -87,6 +88,13 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunError(f"{folder / RESULTS}: no such results; src/eval.py writes them when an evaluation has ended")
     return found
+
+
+def sweep(folder: Path) -> None:
+    """Remove what writes left behind that were killed: all hidden files but the lock, which the caller holds."""
+    for path in folder.rglob(".*"):
+        if path.is_file() and path.name != LOCK:
+            path.unlink()
 
 
 # --------------------------------------------------------------------------- what is measured, on what
