@@ -1,0 +1,330 @@
+"""What stands in a report, in reading order: the summary first, then the evidence, then where it comes from."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from symbiotic.data.errors import DataError
+from symbiotic.evaluation.images import image_facts
+from symbiotic.evaluation.names import METRICS, metric
+from symbiotic.runs import digest
+from symbiotic.studies import report_figures as figures
+from symbiotic.studies import report_tables as tables
+from symbiotic.studies.curves import KIND_NAMES
+from symbiotic.studies.report_data import ArmData, RunData, StudyData
+from symbiotic.studies.report_document import (
+    Block,
+    Cell,
+    Code,
+    Column,
+    Document,
+    Figure,
+    Folded,
+    Gallery,
+    Items,
+    Row,
+    Section,
+    Table,
+    Terms,
+    Text,
+    Verdict,
+    Verdicts,
+)
+from symbiotic.studies.report_style import Picture, swatch
+from symbiotic.studies.report_tables import number
+
+SIDES = ("understanding", "generation")
+HEADLINES = ("knowledge_unreplayed", "reading", "embedded_acc")
+"""Scores of the summary, where no official one was measured."""
+
+SHOWN = 8
+"""Generated images of each arm."""
+
+NOT_OFFICIAL = (
+    "The embedded scores are measured on the embedded corpus, some by small judges that were trained on it: none of "
+    "them is MMLU, OCRBench, CLIP score or FID, and none can be compared with a published number."
+)
+
+
+def document(study: StudyData, audit: Sequence[Block], command: str, date: str) -> Document:
+    """The whole report. audit: the blocks of that section. command: what made the report."""
+    pictures = {arm.name: swatch(arm.look, arm.name) for arm in study.arms}
+    drawn = [draw(arm) for arm in study.arms]
+    sections = [
+        Section("summary", "Summary", [Text(summary(study), loud=True)]),
+        Section("verdicts", "Verdicts", verdicts(study)),
+        Section("results", "Results", results(study, pictures)),
+        Section("forgetting", "Forgetting and interference", forgetting(study, drawn, pictures)),
+        Section("curves", "Learning curves", curves(drawn)),
+        Section("routing", "Routing", routing(study, drawn, pictures)),
+        Section("samples", "Generated images", samples(study)),
+        Section("audit", "Audit", audit),
+        Section("provenance", "Provenance", provenance(study, command)),
+        Section("glossary", "What the scores are", glossary(study)),
+    ]
+    facts = {"study": study.name, "arms": str(len(study.arms)), "runs": str(len(study.runs))}
+    facts |= {"seeds": ", ".join(map(str, study.seeds)), "reference arm": study.reference, "date": date}
+    return Document(study.question, facts, sections, pictures)
+
+
+def draw(arm: ArmData) -> figures.Drawn:
+    """The arm as the figures need it."""
+    names = dict.fromkeys(name for run in arm.runs for name in run.series)
+    kept = [name for name in names if arm.generates or metric(name).side != "generation"]
+    logged = dict.fromkeys(name for run in arm.runs for name in run.metrics)
+    starts = {anchor: {name: list(arm.anchor(anchor, name).values()) for name in kept} for anchor in figures.ANCHORS}
+    return figures.Drawn(
+        arm.name,
+        arm.look,
+        {name: [run.series[name] for run in arm.runs if name in run.series] for name in kept},
+        {name: [run.metrics[name] for run in arm.runs if name in run.metrics] for name in logged},
+        starts,
+    )
+
+
+# --------------------------------------------------------------------------- the first two minutes
+
+
+def summary(study: StudyData) -> list[str]:
+    """What was compared, how the hypotheses fared, where the headline scores end, what is missing."""
+    seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
+    compared = f"{counted(len(study.arms), 'arm')}, {counted(len(study.runs), 'run')} ({seeds}), compared"
+    when = "at the end of joint training" if study.step is None else f"at step {study.step}"
+    said = [f"{compared} {when}; differences are to {study.reference}, paired by seed."]
+    if not study.paired:
+        said.append("There is one seed: no deviation, no interval, and no verdict.")
+    elif study.verdicts:
+        states = [status for status, _ in study.verdicts]
+        tally = [f"{states.count(s)} {s}" for s in dict.fromkeys(states)]
+        said.append(f"Of {counted(len(states), 'hypothesis', 'hypotheses')}: {', '.join(tally)}.")
+    said += [line for score in headlines(study) if (line := spread(study, score))]
+    absent = dict.fromkeys(
+        name for run in study.runs for key in ("missing", "failed") for name in run.results.get(key, ())
+    )
+    if absent:
+        said.append(f"Not measured: {', '.join(absent)} (see the results).")
+    marked = [arm.name for arm in study.arms if arm.intervened]
+    if marked:
+        said.append(f"In {', '.join(marked)} the collapse alarm changed the training.")
+    return [" ".join(said), *study.problems]
+
+
+def counted(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
+
+
+def headlines(study: StudyData) -> list[str]:
+    found = [name for side in SIDES for name in tables.scores_of(study.arms, side)]
+    return [name for name in found if metric(name).official][:4] or [name for name in HEADLINES if name in found]
+
+
+def spread(study: StudyData, score: str) -> str:
+    """`Reading ends between 0.895 (standard 2e-3) and 0.942 (…), from 0.952 at stage 0.`"""
+    facts = metric(score)
+    ends = {arm.name: statistics.fmean(v.values()) for arm in study.arms if (v := arm.values(score, study.step))}
+    if not ends:
+        return ""
+    low, high = min(ends, key=lambda n: ends[n]), max(ends, key=lambda n: ends[n])
+    words = facts.title[:1].upper() + facts.title[1:]
+    before = [v for arm in study.arms for v in arm.anchor("stage 0", score).values()]
+    start = f", from {number(statistics.fmean(before), facts.digits)} at stage 0" if before else ""
+    if len(ends) == 1:
+        return f"{words} ends at {number(ends[low], facts.digits)} ({low}){start}."
+    between = f"{number(ends[low], facts.digits)} ({low}) and {number(ends[high], facts.digits)} ({high})"
+    return f"{words} ends between {between}{start}."
+
+
+def verdicts(study: StudyData) -> list[Block]:
+    if not study.verdicts:
+        why = "The study states no hypothesis." if study.paired else "One seed: there is no interval, so no verdict."
+        return [Text([why])]
+    note = (
+        "A hypothesis is supported where the 95 % interval of its difference, paired by seed, lies beyond its margin."
+    )
+    return [Verdicts([Verdict(status, line) for status, line in study.verdicts]), Text([note])]
+
+
+# --------------------------------------------------------------------------- results
+
+
+def results(study: StudyData, pictures: Mapping[str, Picture]) -> list[Block]:
+    arms, found = study.arms, study.differences
+    made = [tables.main_table(arms, side, study.reference, found, pictures, study.step) for side in SIDES]
+    blocks: list[Block] = [table for table in made if table is not None]
+    if any(not arm.generates for arm in arms):
+        blocks.append(Text(["– : not trained to generate images, so image scores say nothing."]))
+    absent = tables.unmeasured_table(arms)
+    blocks += [absent] if absent else []
+    blocks.append(Text([NOT_OFFICIAL]))
+    scores = [name for side in SIDES for name in tables.scores_of(arms, side)]
+    if study.paired and found:
+        table = tables.difference_table(arms, scores, study.reference, found)
+        blocks.append(Folded("All differences, with both intervals", [table]))
+    for side in SIDES:
+        parts = tables.parts_table(arms, side, study.step)
+        blocks += [Folded(f"Parts of the {side} benchmarks", [parts])] if parts else []
+    judges = tables.judges_table(arms)
+    blocks += [judges] if judges else []
+    bad = tables.problems(arms)
+    if bad:
+        lines = [f"{line} ({counted(runs, 'run')})" for line, runs in bad.items()]
+        blocks.append(Folded(f"{counted(len(bad), 'item')} left out, the rest evaluated", [Items(lines)]))
+    return blocks
+
+
+def forgetting(study: StudyData, drawn: Sequence[figures.Drawn], pictures: Mapping[str, Picture]) -> list[Block]:
+    scores = tables.scores_of(study.arms, "understanding")
+    blocks: list[Block] = []
+    panels = [p for score in scores if (p := figures.forgetting_panel(drawn, score))]
+    if panels:
+        text = "| stage 0, × iteration 0 (after the split), large marker: mean at the end, small ones: seeds."
+        blocks.append(Figure("forgetting", f"What joint training leaves of the understanding side. {text}", panels))
+    losses = tables.change_table(
+        "Forgetting: the end against stage 0" + (", with the 95 % t interval over seeds." if study.paired else "."),
+        study.arms, scores, study.forgetting, pictures, ("forgotten", "gained"),
+    )  # fmt: skip
+    costs = tables.change_table(
+        "Interference: the arm against its control, the same training without generation. Synergy is a difference for "
+        "the better whose interval excludes 0.",
+        study.arms, scores, study.interference, pictures, ("interference", "synergy"),
+    )  # fmt: skip
+    blocks += [table for table in (losses, costs) if table]
+    if costs is None:
+        blocks.append(Text(["No arm has an understanding-only control here, so interference cannot be told."]))
+    errors = [name for name in ("flow_error", "embedded_fd", "fid") if any(arm.scores.get(name) for arm in drawn)]
+    kept = [name for name in ("mmlu", "knowledge_unreplayed", "reading") if any(arm.scores.get(name) for arm in drawn)]
+    made = [p for error in errors[-2:] for score in kept[:1] if (p := figures.frontier_panel(drawn, score, error))]
+    if made:
+        text = "Up and to the left is better. Paths over the evaluations; large marker: the end, small ones: the seeds."
+        blocks.append(Figure("frontier", f"Retention against generation error. {text}", made))
+    return blocks
+
+
+def curves(drawn: Sequence[figures.Drawn]) -> list[Block]:
+    names = dict.fromkeys(name for arm in drawn for name in arm.scores if "/" not in name or name in METRICS)
+    order = [name for side in SIDES for name in sorted(names, key=tables.place) if metric(name).side == side]
+    panels = [p for name in order if (p := figures.score_panel(drawn, name))]
+    if not panels:
+        return [Text(["No score was measured while the runs trained."])]
+    text = "Mean over seeds, band: their range. Dotted: stage 0. Step 0 is iteration 0, after the split."
+    return [Figure("curves", f"Scores over joint training. {text}", panels)]
+
+
+# --------------------------------------------------------------------------- instruments
+
+
+def routing(study: StudyData, drawn: Sequence[figures.Drawn], pictures: Mapping[str, Picture]) -> list[Block]:
+    table = tables.routing_table(study.arms, pictures)
+    blocks: list[Block] = [table] if table else [Text(["No routing was logged."])]
+    panels = []
+    for kind, name in KIND_NAMES.items():
+        capacity = f"routing/capacity@1/{kind}"
+        panels += [
+            figures.metric_panel(drawn, capacity, f"capacity rate, {name} ↑", f"{capacity}/random"),
+            figures.metric_panel(drawn, f"routing/utilisation/{kind}", f"utilisation, {name} ↑"),
+        ]
+    blocks += shown(
+        "routing",
+        "Capacity rate at factor 1 and expert utilisation by kind of token. Dotted: uniform random routing over as "
+        "many experts (several lines where arms show their tokens different numbers of experts).",
+        panels,
+    )
+    heat = [figures.heatmap_panel(f"{arm.name}, seed {run.seed}", *found) for arm in study.arms
+            for run in arm.runs[:1] if (found := tables.heatmap(run))]  # fmt: skip
+    text = "Red: more than an even share; blue: less; blank: experts that the kind may not use. Rows are layers."
+    blocks += shown(
+        "experts", f"Which experts each kind of token used, layer by layer, at the end. {text}", heat, False
+    )
+    roles = sorted({name.split("/")[1] for arm in drawn for name in arm.metrics if name.startswith("conflict/")})
+    leak = [figures.metric_panel(drawn, "leak/all", "leak ↓")]
+    text = "The generation gradient that reaches shielded weights, relative to the same without shield, on the probe."
+    blocks += shown("leak", text, leak)
+    cosines = [figures.metric_panel(drawn, f"conflict/{role}/cosine", role) for role in roles]
+    conflict = shown("conflict", "Cosine of the two tasks' gradients by role of the weights, on the probe.", cosines)
+    return [*blocks, *([Folded("Conflict of the two tasks' gradients", conflict)] if conflict else [])]
+
+
+def shown(file: str, caption: str, panels: Sequence[Picture | None], legend: bool = True) -> list[Block]:
+    """A figure of the panels that there are."""
+    found = [panel for panel in panels if panel is not None]
+    return [Figure(file, caption, found, legend)] if found else []
+
+
+def samples(study: StudyData) -> list[Block]:
+    """The same captions in every arm, first seed; the grids of the training where nothing was evaluated."""
+    made = {arm.name: prompted(arm.runs[0]) for arm in study.arms if arm.generates}
+    made = {name: found for name, found in made.items() if found}
+    if made:
+        captions = list(next(iter(made.values())))
+        images = {name: list(found.values()) for name, found in made.items() if list(found) == captions}
+        text = "A row an arm, first seed, the same captions and noise for all; images as generated, enlarged."
+        return [Gallery(f"Generated images. {text}", captions, images)]
+    grids = {
+        arm.name: sorted((arm.runs[0].folder / "samples").glob("step=*.png")) for arm in study.arms if arm.generates
+    }
+    panels = [figures.grid_panel(name, found[-1]) for name, found in grids.items() if found]
+    text = "Each image stands above its caption; the grids that the training drew last."
+    return shown("samples", f"Generated images, first seed. {text}", panels, False) or [Text(["There are no images."])]
+
+
+def prompted(run: RunData) -> dict[str, bytes]:
+    """Caption -> PNG, of the first images of the first set that the evaluation generated."""
+    folders = sorted((run.evaluation / "images").glob("*/")) if run.evaluation is not None else []
+    found: dict[str, bytes] = {}
+    for path in sorted(folders[0].glob("*.png"))[:SHOWN] if folders else ():
+        try:
+            found[image_facts(path).get("prompt", "")] = path.read_bytes()
+        except DataError:
+            continue
+    return found
+
+
+# --------------------------------------------------------------------------- where it comes from
+
+
+def provenance(study: StudyData, command: str) -> list[Block]:
+    rows = []
+    for arm in study.arms:
+        for run in arm.runs:
+            made, evaluated = run.summary["provenance"], run.results
+            cells = [arm.name, str(run.seed), str(run.summary["steps"]), config_hash(run), made["code"], made["commit"]]
+            cells += [run.summary["data"], run.summary["parent"], evaluated.get("weights", "as trained")]
+            cells += [protocol_hash(run), evaluated.get("evaluation_code", tables.NONE)]
+            rows.append(Row(run.folder.name, [*map(Cell, cells)]))
+    titles = ["run", "arm", "seed", "steps", "config", "code", "commit", "data", "parent", "weights", "protocol"]
+    columns = [*map(Column, titles), Column("evaluation code")]
+    versions = study.runs[0].summary["provenance"]
+    listed = {name: text for name, text in versions.items() if name not in ("code", "commit")}
+    text = f"Versions of the training: {', '.join(f'{name} {version}' for name, version in listed.items())}."
+    caption = "Every run behind this report. Hashes: of the config, the package's sources, the corpus, the protocols."
+    return [
+        Text([text, "This report was made by:"]),
+        Code(command),
+        Folded(f"{counted(len(rows), 'run')}, one by one", [Table(caption, columns, rows)]),
+    ]
+
+
+def protocol_hash(run: RunData) -> str:
+    """Of everything that decided the scores beside the model, – where only the training measured."""
+    return digest(run.results["protocol"]) if run.results else tables.NONE
+
+
+def config_hash(run: RunData) -> str:
+    found = run.results.get("provenance", {}).get("config")
+    return str(found or (run.folder.name.split("-") + ["", ""])[-2] or tables.NONE)
+
+
+def glossary(study: StudyData) -> list[Block]:
+    """Every score of the report: what it is, which direction is better, chance, and on how many samples."""
+    terms = {}
+    for side in SIDES:
+        for name in tables.scores_of(study.arms, side):
+            facts, counts = metric(name), sorted({n for arm in study.arms for n in arm.samples(name)})
+            what = [tables.MEANINGS.get(name, "as its benchmark defines it")]
+            what += [f"{facts.better} is better"]
+            what += [f"chance {facts.chance:g}"] if facts.chance is not None else []
+            what += [f"n {' or '.join(map(str, counts))}"] if counts else []
+            terms[facts.title if facts.title == name else f"{facts.title} ({name})"] = "; ".join(what) + "."
+    terms |= tables.OTHER_TERMS
+    return [Terms(terms), Text([NOT_OFFICIAL])]
