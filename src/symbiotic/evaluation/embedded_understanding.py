@@ -14,7 +14,6 @@ from symbiotic.data.packing import Sample, build_sample
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
 from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.mmlu import LETTERS, Question, read_mmlu
 from symbiotic.evaluation.ocrbench import Entry, correct, read_ocrbench
 from symbiotic.evaluation.prompts import answers, one_a_row
@@ -103,7 +102,7 @@ def judged(entry: Entry, prediction: str) -> Record:
 
 def reading_sample(entry: Entry, tokenizer: Tokenizer, max_grid: int | None) -> Sample:
     """Raises DataError: an image that cannot be read, or is larger than the model takes."""
-    sample = build_sample(entry.id, "mmu", reading_parts(load_image(entry.image), entry.question, tokenizer))
+    sample = build_sample(entry.id, "mmu", reading_parts(entry.pixels(), entry.question, tokenizer))
     if max_grid is not None and int(sample.vit_grid.max()) >= max_grid:
-        raise DataError(f"{entry.image}: larger than {max_grid} patches a side (model.max_grid)")
+        raise DataError(f"{entry.where}: larger than {max_grid} patches a side (model.max_grid)")
     return sample

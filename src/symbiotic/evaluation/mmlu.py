@@ -1,21 +1,26 @@
-"""Reader of the official MMLU layout (hendrycks CSV): `{subject}_{dev|val|test}.csv`, no header,
-`question,A,B,C,D,letter`.
+"""Readers of both official MMLU layouts, from a local folder.
 
-Everything is text: a choice "None" or "NA" is data. A row that is no question is named and left out, the rows
-behind it are read.
+    hendrycks CSV      {subject}_{dev|val|test}.csv, no header: question,A,B,C,D,letter; in the folder itself, in dev/,
+                       val/, test/ below it, or in data/ as the original archive has it
+    cais/mmlu parquet  {test|validation|dev}-00000-of-00001.parquet: question, subject, choices[4], answer 0 to 3; in
+                       all/, in a folder per subject, or in the folder itself
+
+Everything is text: a choice "None" or "NA" is data. A row that is no question is named and left out, the rows behind it
+are read.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from symbiotic.data.errors import DataError, readable_errors
+from symbiotic.data.errors import DataError
+from symbiotic.evaluation.tables import parquet_rows, text_rows
 
 LETTERS = "ABCD"
+PARQUET_SPLITS = {"dev": "dev", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True)
@@ -38,64 +43,79 @@ def read_mmlu(folder: str | Path, split: str, subjects: tuple[str, ...] = ()) ->
     Raises:
         DataError: no file of that split, or one of the named subjects is missing.
     """
-    folder = Path(folder)
-    found = {path.name.removesuffix(f"_{split}.csv"): path for path in folder.glob(f"*_{split}.csv")}
-    missing = [subject for subject in subjects if subject not in found]
-    if missing or not found:
-        raise DataError(f"{folder}: no file {missing[0] if missing else '*'}_{split}.csv")
-    questions: list[Question] = []
+    found: dict[str, list[Question]] = {}
     problems: list[str] = []
-    for subject in subjects or sorted(found):
-        for row, fields, fault in _rows(found[subject]):
-            item = fault or _question(subject, row, fields)
+    for path in mmlu_files(folder, split):
+        if subjects and path.suffix == ".csv" and _subject(path) not in subjects:
+            continue
+        for item in _csv_questions(path) if path.suffix == ".csv" else _parquet_questions(path):
             if isinstance(item, Question):
-                questions.append(item)
+                found.setdefault(item.subject, []).append(item)
             else:
-                problems.append(f"{found[subject].name}: row {row}: {item}")
-    return questions, problems
+                problems.append(f"{_name(path)}: {item}")
+    missing = [subject for subject in subjects if subject not in found]
+    if missing:
+        raise DataError(f"{folder}: no questions of {missing[0]} (no file {missing[0]}_{split}.csv)")
+    return [question for subject in subjects or sorted(found) for question in found[subject]], problems
 
 
-def _question(subject: str, row: int, fields: list[str]) -> Question | str:
-    if len(fields) != 6:
-        return f"{len(fields)} fields; must be 6 (question,A,B,C,D,letter)"
+def mmlu_files(folder: str | Path, split: str) -> list[Path]:
+    """The files of a split in whichever layout the folder has.
+
+    Raises:
+        DataError: there is none.
+    """
+    folder, name = Path(folder), PARQUET_SPLITS[split]
+    csv = [f"{place}*_{split}.csv" for place in ("", f"{split}/", "data/", f"data/{split}/")]
+    parquet = [f"{place}{name}-*.parquet" for place in ("", "all/", "*/")]
+    for pattern in csv + parquet:
+        found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
+        if found:
+            return found
+    raise DataError(f"{folder}: no file *_{split}.csv, in it or in {split}/, and no {name}-*.parquet, in it or in all/")
+
+
+def _name(path: Path) -> str:
+    """Parquet files of all subjects have the same name."""
+    return path.name if path.suffix == ".csv" else f"{path.parent.name}/{path.name}"
+
+
+def _subject(path: Path) -> str:
+    """`high_school_physics` of high_school_physics_test.csv."""
+    return path.stem.rpartition("_")[0]
+
+
+def _csv_questions(path: Path) -> Iterator[Question | str]:
+    for row, fields, fault in text_rows(path, columns=6):
+        item = fault.replace("be 6", "be 6 (question,A,B,C,D,letter)") or _of_fields(_subject(path), row, fields)
+        yield item if isinstance(item, Question) else f"row {row}: {item}"
+
+
+def _of_fields(subject: str, row: int, fields: list[str]) -> Question | str:
     letter = fields[5].strip()
     if len(letter) != 1 or letter not in LETTERS:
         return f"answer {letter!r}; must be one of A, B, C, D"
-    if any("\udc80" <= sign <= "\udcff" for field in fields for sign in field):
-        return "not UTF-8"
     a, b, c, d = fields[1:5]
     return Question(subject, row, fields[0], (a, b, c, d), LETTERS.index(letter))
 
 
-def _rows(path: Path) -> Iterator[tuple[int, list[str], str]]:
-    """(record number, fields, what is wrong with it). After a broken record that swallowed several lines, such as
-    one with a quote that never closes, reading goes on at the line behind its first."""
-    with readable_errors("read", path):
-        text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    lines = list(io.StringIO(text, newline=""))
-    start = row = 0
-    while start < len(lines):
-        reader = csv.reader(lines[start:], strict=True)
-        for fields, fault, used in _records(reader):
-            broken = bool(fault) or len(fields) != 6
-            if fields or fault:
-                row += 1
-                yield row, fields, fault
-            end = start + reader.line_num
-            if broken and used > 1:
-                start = end - used + 1
-                break
-        else:
-            start = len(lines)
+def _parquet_questions(path: Path) -> Iterator[Question | str]:
+    """A file that cannot be read is a line, as the other subjects' can."""
+    try:
+        for row, values in enumerate(parquet_rows(path, ("question", "choices", "answer"), ("subject",)), 1):
+            item = values if isinstance(values, str) else _of_values(path.parent.name, row, values)
+            yield item if isinstance(item, Question) or item is values else f"row {row}: {item}"
+    except DataError as error:
+        yield str(error)
 
 
-def _records(reader: csv._reader) -> Iterator[tuple[list[str], str, int]]:  # type: ignore[name-defined]
-    """(fields, fault, lines used) of each record; a faulty one is reported, not raised."""
-    while True:
-        before = reader.line_num
-        try:
-            yield next(reader), "", reader.line_num - before
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield [], str(error), reader.line_num - before
+def _of_values(folder: str, row: int, values: dict[str, Any]) -> Question | str:
+    question, choices, answer = (values[key] for key in ("question", "choices", "answer"))
+    if not isinstance(question, str):
+        return f"question {question!r}; must be a text"
+    if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(choice, str) for choice in choices):
+        return f"choices {choices!r}; must be 4 texts"
+    if isinstance(answer, bool) or not isinstance(answer, int) or not 0 <= answer < 4:
+        return f"answer {answer!r}; must be 0, 1, 2 or 3"
+    a, b, c, d = choices
+    return Question(values.get("subject") or folder, row, question, (a, b, c, d), answer)

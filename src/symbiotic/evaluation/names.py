@@ -45,6 +45,11 @@ OFFICIAL: dict[str, Metric] = {
     "clip_cosine": Metric("CLIP cosine", "generation", official=True),
     "hps_v2": Metric("HPSv2", "generation", official=True),
     "hps_v2.1": Metric("HPSv2.1", "generation", official=True),
+    "mmlu": Metric("MMLU", "understanding", chance=0.25, official=True, share=True),
+    "mmlu_macro": Metric("MMLU, mean over subjects", "understanding", chance=0.25, official=True),
+    "ocrbench": Metric("OCRBench", "understanding", official=True, digits=0),
+    "ocrbench_share": Metric("OCRBench, share of another set", "understanding", share=True),
+    "ocrbench_v2": Metric("OCRBench v2", "understanding", official=True),
 }
 
 METRICS = EMBEDDED | OFFICIAL
