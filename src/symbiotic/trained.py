@@ -85,7 +85,7 @@ def read_config(run: Path) -> Config:
 
 
 def weights_file(run: Path, checkpoint: str | None = None, step: int | None = None, ema: bool = False) -> Path:
-    """The file asked for; by default what the run ended with, else its newest checkpoint, else a parent.
+    """The file asked for; by default what the run, or the training of a parent, ended with, else its newest checkpoint.
 
     Args:
         checkpoint: this file. step: the checkpoint of this step; 0: what joint training started from. ema: the
@@ -103,8 +103,9 @@ def weights_file(run: Path, checkpoint: str | None = None, step: int | None = No
         if path.is_file():
             return path
         raise RunError(f"{path}: no such file; {AGAIN}" if step == 0 else f"{path}: no such checkpoint")
-    if step is None and (run / FINAL).is_file():
-        return run / FINAL
+    ended = next((run / name for name in (FINAL, PARENT_FILE) if (run / name).is_file()), None)
+    if step is None and ended is not None:
+        return ended
     from symbiotic.callbacks.checkpoint import checkpoint_path, checkpoints, newest_valid, step_of  # Lightning: seconds
 
     folder = run / "checkpoints"
@@ -114,8 +115,8 @@ def weights_file(run: Path, checkpoint: str | None = None, step: int | None = No
             return path
         kept = ", ".join(str(step_of(found)) for found in checkpoints(folder)) or "none"
         raise RunError(f"{path}: no such checkpoint; steps that were kept: {kept}, and 0")
-    newest = newest_valid(folder) or run / PARENT_FILE
-    if newest.is_file():
+    newest = newest_valid(folder)
+    if newest is not None:
         return newest
     raise RunError(f"{run / FINAL}: no such file, and no checkpoint either; {AGAIN}")
 

@@ -17,7 +17,7 @@ EMBEDDED = ("knowledge", "reading", "flow_error", "generation")
 IN_LOOP = ("every", "quick")
 """Keys of `evaluation` that only training reads."""
 
-_OF_RUNS = ("study", "factors", "report", "evaluate")
+_OF_RUNS = ("factors", "report", "evaluate")
 
 
 def check_benchmarks(evaluation: Evaluation) -> None:
@@ -41,8 +41,9 @@ def check_evaluation(config: EvalConfig, explicit: Mapping[str, str]) -> None:
     check_benchmarks(config.evaluation)
     for name in IN_LOOP:
         _unused(f"evaluation.{name}", explicit, "only in-loop evaluations read it")
-    for name in _OF_RUNS if config.runs is None else ():
-        _unused(name, explicit, "it is about the report, which runs=FOLDER writes")
+    study = {"study": f"study={config.study}"} if config.study != "none" else {}
+    for name in ("study", *_OF_RUNS) if config.runs is None else ():
+        _unused(name, {**explicit, **study}, "it is about the report, which runs=FOLDER writes")
     _weights(config)
     at_least(config, "", 1, "threads")
     require(config.seed is None or 0 <= config.seed < 2**32, "seed", config.seed, "must be in [0, 2**32), or null")

@@ -107,7 +107,8 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
         folder = evaluate_run(config, run)
         results, seconds = read_results(folder), read_json(folder / SECONDS) or {}
         absent = {key: {n: line for n, line in results[key].items() if n in asked} for key in ("missing", "failed")}
-        console.show(table(results), *notes({**results, **absent}, seconds, folder))
+        console.show(table(results))
+        print("\n".join(notes({**results, **absent}, seconds, folder)), flush=True)  # not wrapped: they hold paths
         failed += [f"{run.name}: {name}: {line}" for name, line in absent["failed"].items()]
     return failed
 
