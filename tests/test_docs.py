@@ -170,14 +170,19 @@ def test_every_logged_metric_is_documented(shared_tmp: Path, tmp_path: Path) -> 
     patterns = {name: re.compile(metric_pattern(name)) for name in documented}
     assert [name for name in logged if not any(p.fullmatch(name) for p in patterns.values())] == []
     unused = {name for name, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in logged)}
-    assert unused == set()
+    assert unused == {"eval/quick/SCORE", "eval/ema/SCORE", "eval/ema/quick/SCORE"}  # off by default; see test_eval.py
 
 
 METRICS_PAGE = (ROOT / "docs" / "metrics.md").read_text()
 
 
 def metric_pattern(name: str) -> str:
-    words = {"ROLE": r"\w+", "KIND": "(text|prompt|vit|vae)", "GROUP": "(text|prompt|vit|vae|und|all)", "SCORE": r"\w+"}
+    words = {
+        "ROLE": r"\w+",
+        "KIND": "(text|prompt|vit|vae)",
+        "GROUP": "(text|prompt|vit|vae|und|all)",
+        "SCORE": r"[\w.]+",
+    }
     words |= {"@F": r"@[\d.]+", "layerI": r"layer\d+", "METRIC": r"[\w@.]+"}
     pattern = re.escape(name)
     for word, meaning in words.items():
