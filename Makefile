@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3.11
 VENV ?= .venv
 PROCESSES ?= 2
+RUNS ?= runs/symbiotic
+STUDY ?= none
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -12,7 +14,7 @@ STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow bench golden check format clean
+.PHONY: help setup train eval test test-slow bench golden check format clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,6 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 train: $(STAMP) ## set up, then run the main job; more in ARGS, e.g. make train ARGS="seed=1 system=bagel"
 	$(BIN)/python src/train.py experiment=symbiotic $(ARGS)
+
+eval: $(STAMP) ## audit, measure and report the runs below RUNS; e.g. make eval RUNS=runs/main_job STUDY=none ARGS="evaluation=embedded"
+	$(BIN)/python src/eval.py runs=$(RUNS) study=$(STUDY) $(ARGS)
 
 test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARGS
 	$(BIN)/python -m pytest -n $(PROCESSES) $(ARGS)
