@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from symbiotic.evaluation.frechet import Gaussian, fit, frechet_distance
+from symbiotic.evaluation.frechet import Gaussian, fit, frechet_distance, frechet_value, matrix_root, sample_distance
 
 
 def features(n: int, d: int, seed: int) -> np.ndarray:
@@ -47,3 +47,19 @@ def test_one_feature_and_too_few_samples() -> None:
     assert fit(np.array([[1.0], [3.0]])).covariance.tolist() == [[2.0]]
     with pytest.raises(ValueError, match="at least 2"):
         fit(np.zeros((1, 4)))
+
+
+@pytest.mark.parametrize(("n", "d"), [(50, 3), (20, 64), (5, 20)])
+def test_the_distance_of_samples_is_that_of_their_gaussian(n: int, d: int) -> None:
+    made, target = features(n, d, 0), fit(features(100, d, 1))
+    expected = frechet_distance(fit(made), target)
+    assert sample_distance(made, target, matrix_root(target.covariance)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_interval_is_the_spread_of_resampled_distances_around_the_distance() -> None:
+    made, real = features(40, 4, 0), features(50, 4, 1)
+    value = frechet_value(made, real, resamples=20)
+    draw = np.random.default_rng(0)
+    again = [frechet_distance(fit(made[draw.integers(0, 40, 40)]), fit(real)) for _ in range(20)]
+    low, high = np.quantile(again, [0.025, 0.975]) - np.mean(again)
+    assert value == pytest.approx((frechet_distance(fit(made), fit(real)), 40, value[0] + low, value[0] + high))

@@ -32,12 +32,30 @@ def fit(features: np.ndarray) -> Gaussian:
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared distance, at least 0. The root is taken of a symmetric matrix, so that it stays real."""
-    values, vectors = np.linalg.eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+    root = matrix_root(a.covariance)
     cross = np.linalg.eigvalsh(root @ b.covariance @ root).clip(min=0)
     gap = a.mean - b.mean
     distance = gap @ gap + np.trace(a.covariance) + np.trace(b.covariance) - 2 * np.sqrt(cross).sum()
     return max(0.0, float(distance))
+
+
+def matrix_root(covariance: np.ndarray) -> np.ndarray:
+    """Of a symmetric matrix without negative eigenvalues."""
+    values, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
+
+
+def sample_distance(features: np.ndarray, target: Gaussian, root: np.ndarray) -> float:
+    """`frechet_distance(fit(features), target)`, from the samples [n, d] and the root of the target's covariance.
+
+    The eigenvalues under the root are those of a matrix of min(n, d) rows: fast for few samples.
+    """
+    centred = features - features.mean(0)
+    half = centred @ root / np.sqrt(len(features) - 1)
+    cross = np.linalg.eigvalsh(half @ half.T if len(half) < half.shape[1] else half.T @ half).clip(min=0)
+    gap = features.mean(0) - target.mean
+    own = np.square(centred).sum() / (len(features) - 1)
+    return max(0.0, float(gap @ gap + own + np.trace(target.covariance) - 2 * np.sqrt(cross).sum()))
 
 
 def frechet_interval(made: np.ndarray, target: Gaussian, value: float, resamples: int) -> tuple[float, float]:
@@ -46,8 +64,8 @@ def frechet_interval(made: np.ndarray, target: Gaussian, value: float, resamples
     The plain bootstrap of a Frechet distance is biased upwards (resampled sets are less diverse), so the interval is
     the spread of the resampled distances around their own mean, put around the distance (ours).
     """
-    draw = np.random.default_rng(0)
-    again = [frechet_distance(fit(made[draw.integers(0, len(made), len(made))]), target) for _ in range(resamples)]
+    draw, made, root = np.random.default_rng(0), made.astype(np.float64), matrix_root(target.covariance)
+    again = [sample_distance(made[draw.integers(0, len(made), len(made))], target, root) for _ in range(resamples)]
     low, high = np.quantile(again, [0.025, 0.975]) - np.mean(again)
     return max(0.0, value + float(low)), value + float(high)
 
