@@ -120,8 +120,21 @@ class Comparison:
         return self.t is not None and (self.t[0] > 0 or self.t[1] < 0)
 
 
+Pair = tuple[str, str]
+"""Arm and score."""
+
 Compare = Callable[[Seeds, Seeds], Comparison | None]
-"""first - second over the seeds that both have; None where there is none."""
+"""First - second over the seeds that both have; None where there is none."""
+
+
+def against(
+    arms: Sequence[ArmData], other: Callable[[ArmData, str], Seeds], compare: Compare, step: int | None = None
+) -> dict[Pair, Comparison]:
+    """Every score of every arm against what `other` gives for it."""
+    scores = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.series)
+    pairs = ((arm, score) for arm in arms for score in scores)
+    found = {(arm.name, score): compare(arm.values(score, step), other(arm, score)) for arm, score in pairs}
+    return {pair: comparison for pair, comparison in found.items() if comparison is not None}
 
 
 @dataclass(frozen=True)
@@ -140,9 +153,9 @@ class StudyData:
     reference: str
     arms: Sequence[ArmData]
     step: int | None = None
-    differences: Mapping[tuple[str, str], Comparison] = field(default_factory=dict)
-    forgetting: Mapping[tuple[str, str], Comparison] = field(default_factory=dict)
-    interference: Mapping[tuple[str, str], Comparison] = field(default_factory=dict)
+    differences: Mapping[Pair, Comparison] = field(default_factory=dict)
+    forgetting: Mapping[Pair, Comparison] = field(default_factory=dict)
+    interference: Mapping[Pair, Comparison] = field(default_factory=dict)
     verdicts: Sequence[tuple[str, str]] = ()
     problems: Sequence[str] = ()
 

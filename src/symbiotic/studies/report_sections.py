@@ -293,7 +293,7 @@ def provenance(study: StudyData, command: str) -> list[Block]:
             cells += [protocol_hash(run), evaluated.get("evaluation_code", tables.NONE)]
             rows.append(Row(run.folder.name, [*map(Cell, cells)]))
     titles = ["run", "arm", "seed", "steps", "config", "code", "commit", "data", "parent", "weights", "protocol"]
-    columns = [*map(Column, titles), Column("evaluation code")]
+    columns = [*map(Column, [*titles, "evaluation code"])]
     versions = study.runs[0].summary["provenance"]
     listed = {name: text for name, text in versions.items() if name not in ("code", "commit")}
     text = f"Versions of the training: {', '.join(f'{name} {version}' for name, version in listed.items())}."
@@ -301,7 +301,7 @@ def provenance(study: StudyData, command: str) -> list[Block]:
     return [
         Text([text, "This report was made by:"]),
         Code(command),
-        Folded(f"{counted(len(rows), 'run')}, one by one", [Table(caption, columns, rows)]),
+        Folded(f"{counted(len(rows), 'run')}, one by one", [Table(caption, columns, rows, words=True)]),
     ]
 
 

@@ -11,7 +11,7 @@ from symbiotic.evaluation.names import METRICS, Metric, metric
 from symbiotic.layout import pool_sizes, visible_pools
 from symbiotic.schema import Model, System, parse
 from symbiotic.studies.curves import KIND_NAMES
-from symbiotic.studies.report_data import ArmData, Comparison, RunData, Seeds
+from symbiotic.studies.report_data import ArmData, Comparison, Pair, RunData, Seeds
 from symbiotic.studies.report_document import Cell, Column, Row, Table
 from symbiotic.studies.report_figures import arrow
 from symbiotic.studies.report_style import Picture
@@ -117,7 +117,7 @@ def main_table(
     arms: Sequence[ArmData],
     side: str,
     reference: str,
-    differences: Mapping[tuple[str, str], Comparison],
+    differences: Mapping[Pair, Comparison],
     pictures: Mapping[str, Picture],
     step: int | None = None,
 ) -> Table | None:
@@ -146,7 +146,7 @@ def main_table(
 
 
 def difference_table(
-    arms: Sequence[ArmData], scores: Sequence[str], reference: str, differences: Mapping[tuple[str, str], Comparison]
+    arms: Sequence[ArmData], scores: Sequence[str], reference: str, differences: Mapping[Pair, Comparison]
 ) -> Table:
     """Every difference to the reference with both intervals and the test question by question."""
     rows = []
@@ -158,17 +158,9 @@ def difference_table(
                 p = NONE if found.p is None else f"{found.p:.3f}" if found.p >= 0.001 else "< 0.001"
                 texts = [number(found.mean, digits, True), str(found.n)]
                 texts += [interval(found.t, digits) or NONE, interval(found.bootstrap, digits) or NONE, p]
-                cells = [Cell(arm.name), *map(Cell, texts)]
-                rows.append(Row(f"{title(score, metric(score))} {arrow(metric(score).better)}", cells))
-    titles = [
-        "score",
-        "arm",
-        f"difference to {reference}",
-        "pairs",
-        "95 % t interval",
-        "95 % bootstrap",
-        "p by question",
-    ]
+                name = f"{title(score, metric(score))} {arrow(metric(score).better)}: {arm.name}"
+                rows.append(Row(name, [*map(Cell, texts)]))
+    titles = ["score: arm", f"difference to {reference}", "pairs", "95 % t interval", "95 % bootstrap", "p by question"]
     return Table("Differences to the reference arm, paired by seed.", [*map(Column, titles)], rows)
 
 
@@ -191,7 +183,7 @@ def change_table(
     caption: str,
     arms: Sequence[ArmData],
     scores: Sequence[str],
-    changes: Mapping[tuple[str, str], Comparison],
+    changes: Mapping[Pair, Comparison],
     pictures: Mapping[str, Picture],
     words: tuple[str, str] = ("", ""),
 ) -> Table | None:
