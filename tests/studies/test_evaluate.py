@@ -15,6 +15,7 @@ from assets import write_assets
 from inspected import run_folder
 from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.config import compose_evaluation
+from symbiotic.evaluation import prompts
 from symbiotic.evaluation.assets import ASSETS
 from symbiotic.evaluation.context import whole_lines
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
@@ -213,6 +214,25 @@ def test_an_asset_that_came_is_measured(run: Path, assets: Path) -> None:
     sets = sorted(path.name for path in (folder / "images").iterdir())
     assert len(sets) == 2
     assert len(load_image(folder / "grid.png")) > len(load_image(before / "grid.png"))
+
+
+def test_what_an_earlier_evaluation_made_is_taken_over(
+    run: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Records and images, where all that decides them is the same; the files are then those made from nothing."""
+    few = (CLIP + "}", "evaluation.questions=4")
+    fresh = Path(shutil.copytree(run, run.parent / "fresh" / "run"))
+    evaluate_run(config(*few), run, quiet)
+    write_assets(assets, images=4)
+    expected = contents(evaluate_run(config(*few), fresh, quiet))
+    made: list[str] = []
+    draw = prompts.sample_latents
+    monkeypatch.setattr(prompts, "sample_latents", lambda *args: made.append("batch") or draw(*args))
+    folder = evaluate_run(config(*few), run, quiet)
+    assert contents(folder) == expected
+    assert made == ["batch"]  # of the new benchmark
+    evaluate_run(config(*few, "seed=1"), run, quiet)
+    assert len(made) == 3
 
 
 def test_a_corrupt_benchmark_fails_alone_and_is_tried_again(run: Path, assets: Path) -> None:

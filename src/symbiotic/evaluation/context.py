@@ -38,6 +38,7 @@ class Context:
         seed: draws the noise that images start from; nothing else is left to chance.
         share: of each benchmark's items that are measured, from the first on; 1 but for quick looks while training.
         folder: where records and images are kept; None: in memory.
+        files: names in it that were made here: ledgers, and folders of images.
     """
 
     tokenizer: Tokenizer
@@ -49,6 +50,7 @@ class Context:
     folder: Path | None = None
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
 
     def first(self, items: Sequence[T], limit: int | None = None) -> Sequence[T]:
         """The items to measure: the first `limit`, and of these `share`, at least one."""
@@ -74,6 +76,7 @@ class Context:
 
         The records go to `{benchmark}.jsonl` and to `records`, each with the key `benchmark`.
         """
+        self.files.append(f"{benchmark}.jsonl")
         ledger = Ledger(self.folder / f"{benchmark}.jsonl" if self.folder else None, len(items), self.batch_size)
         for some in batches(items[len(ledger.records) :], self.batch_size):
             ledger.add([{"benchmark": benchmark, **record} for record in measure(some)])
@@ -95,6 +98,7 @@ class Context:
             numbers: what each image's noise is drawn from, with `seed`; default 0, 1, 2, ...
             size: (height, width) in pixels; default that of the run.
         """
+        self.files.append(f"images/{name}")
         folder = self.folder / "images" / name if self.folder else None
         gallery = Gallery(list(captions), folder)
         numbered = list(enumerate(range(len(captions)) if numbers is None else numbers))

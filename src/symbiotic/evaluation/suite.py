@@ -35,6 +35,8 @@ class Scores(dict[str, float]):
         """Benchmark -> how long it took."""
         self.records: list[Record] = []
         """What was asked, answered and expected, sample by sample."""
+        self.files: list[str] = []
+        """Ledgers and folders of images that belong to it (see `Context`)."""
         self.problems: list[str] = []
         """What could not be used, one line each."""
         self.judges: dict[str, float] = {}
@@ -125,3 +127,4 @@ class Suite:
             scores.add(benchmark.name, name, value)
         scores.records += context.records
         scores.problems += context.problems
+        scores.files += dict.fromkeys(context.files)

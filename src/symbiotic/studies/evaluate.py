@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import math
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -34,7 +35,7 @@ from symbiotic.evaluation.embedded import EmbeddedEvaluation
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.evaluation.suite import Scores, Suite
-from symbiotic.runs import digest, locked, provenance, read_json, source_hash, state_hash, write_json
+from symbiotic.runs import digest, locked, provenance, read_json, replace_with, source_hash, state_hash, write_json
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation, RunError
 from symbiotic.trained import EMA, PARENT_FILE, TOKENIZER, Trained, open_run
 
@@ -68,6 +69,7 @@ def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
         asked = benchmark_names(config.evaluation, config.only)
         for name in session.protocols:
             if name in asked and not session.part(name).is_file():
+                session.adopt(name)
                 session.measure(name, say)
         session.write()
     return session.folder
@@ -133,6 +135,18 @@ class Session:
 
     def part(self, name: str) -> Path:
         return self.folder / PARTS / f"{name}.json"
+
+    def adopt(self, name: str) -> None:
+        """Take over the records and images of an earlier evaluation that differs in other benchmarks only, for one
+        because their assets were not there: they need not be made again."""
+        mine = {key: value for key, value in self.identity.items() if key != "protocol"}
+        for other in sorted(self.folder.parent.glob(f"*/{RESULTS}")):
+            found, part = read_json(other) or {}, read_json(other.parent / PARTS / f"{name}.json")
+            same = all(found.get(key) == value for key, value in mine.items())
+            if part and same and found["protocol"].get(name) == json.loads(json.dumps(self.protocols[name])):
+                for file in part["files"]:
+                    copy_missing(other.parent / file, self.folder / file)
+                return
 
     def measure(self, name: str, say: Say) -> None:
         """Run one benchmark; what it gave becomes its part. One that fails has a line in `failed`."""
@@ -281,7 +295,7 @@ def part(scores: Scores) -> dict[str, Any]:
     """What one benchmark gave; a number that is none is null."""
     values = {name: value._asdict() | {"benchmark": scores.benchmark[name]} for name, value in scores.values_of.items()}
     plain = {name: {k: None if v != v else v for k, v in score.items()} for name, score in values.items()}
-    return {"scores": plain, "judges": scores.judges, "problems": scores.problems}
+    return {"scores": plain, "judges": scores.judges, "problems": scores.problems, "files": scores.files}
 
 
 def config_hash(trained: Trained) -> str:
@@ -293,6 +307,15 @@ def config_hash(trained: Trained) -> str:
 
 def rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in seconds.items() if math.isfinite(value)}
+
+
+def copy_missing(source: Path, target: Path) -> None:
+    """A file, or the files of a folder; what the target has stays."""
+    files = source.iterdir() if source.is_dir() else [source]
+    for file in files:
+        to = target / file.name if source.is_dir() else target
+        if file.is_file() and not to.exists():
+            replace_with(to, functools.partial(shutil.copyfile, file))
 
 
 def draw_images(folder: Path, path: Path) -> None:
