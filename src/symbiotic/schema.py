@@ -386,6 +386,7 @@ class Config:
     recompute: bool = False  # activation checkpointing: blocks are computed again in the backward pass
     probe_samples: int = 16  # samples of the fixed batch that drift and conflicts are measured on
     ablation: Any = None
+    study: Any = None  # of which the run is a member; see `symbiotic.studies.study`
     metric: str = "knowledge_unreplayed"  # what train.py returns to a sweeper
 
 

@@ -1,0 +1,185 @@
+"""A study: its arms, the config keys in which they may differ, and its hypotheses; `conf/study/NAME.yaml`, checked.
+
+The file has one key, `study`, with the fields of `Study`. A hypothesis is worth most when it was written before its
+runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from symbiotic.config import CONF, compose
+from symbiotic.evaluation.names import METRICS
+from symbiotic.schema import ConfigError, near_miss, parse
+from symbiotic.studies.runs_of import differing, plain, training_keys
+
+STAGE0, ITERATION0, CONTROL = "stage 0", "iteration 0", "control"
+ANCHORS = (STAGE0, ITERATION0, CONTROL)
+"""What an arm may be held against beside other arms: the parent of the same seed, the same run behind its split, and
+the arm that differs in nothing but that its mix leaves generation out."""
+
+ROUTING = re.compile(r"routing/[\w@.]+/(text|prompt|vit|vae|und|all)")
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """`metric` of `arm` is higher (lower) than that of `against` by more than `margin`; equal: closer than `margin`.
+
+    against: an arm, or `stage 0`, `iteration 0`, `control` of the arm. step: null: that of the study.
+    """
+
+    claim: str
+    metric: str
+    arm: str
+    against: str
+    expect: Literal["higher", "lower", "equal"]
+    margin: float = 0.0
+    step: int | None = None
+
+
+@dataclass(frozen=True)
+class Study:
+    """
+    Args:
+        name: the folder of its runs, below the folder of all runs. experiment: what every arm starts from.
+        step: that the numbers are of; null: the last one.
+        reference: the arm that the others are compared with.
+        factors: config keys in which arms may differ; a key covers all below it, `ablation` what an ablation sets.
+        arms: name -> overrides on top of the experiment. Empty: the arms are those that the runs have.
+        controls: arm -> its understanding-only control, where it is not the arm that differs in the mix only.
+    """
+
+    name: str = "none"
+    question: str = ""
+    experiment: str = "symbiotic"
+    seeds: tuple[int, ...] = ()
+    step: int | None = None
+    reference: str | None = None
+    factors: tuple[str, ...] = ("system", "mix", "ablation")
+    arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    controls: dict[str, str] = field(default_factory=dict)
+    hypotheses: tuple[Hypothesis, ...] = ()
+
+    @functools.cached_property
+    def composed(self) -> dict[str, dict[str, Any]]:
+        """Arm -> the plain config of its runs, seed aside. Raises ConfigError, naming the arm."""
+        return {name: _composed(f"study.arms.{name}", self.experiment, more) for name, more in self.arms.items()}
+
+
+def read_study(name: str) -> Study:
+    """`conf/study/NAME.yaml`; `none`: a study whose arms are found from the runs.
+
+    Raises:
+        ConfigError: no such study, or anything that is wrong with it.
+    """
+    path = CONF / "study" / f"{name}.yaml"
+    if not path.is_file():
+        raise ConfigError(f"study={name}: no such option; {near_miss(name, (p.stem for p in path.parent.glob('*')))}")
+    try:
+        return study_of(yaml.safe_load(path.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: YAML: {' '.join(str(error).split())}") from error
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def study_of(node: Mapping[str, Any]) -> Study:
+    """From the content of its file. Raises ConfigError."""
+    study = parse(Study, node.get("study") or {}, "study")
+    if study.arms:
+        _check_words(study)
+        _check_arms(study)
+    elif study.hypotheses or study.controls:
+        raise ConfigError("study.arms: missing; hypotheses and controls are about named arms")
+    return study
+
+
+def without_generation(config: Mapping[str, Any]) -> bool:
+    """Whether the mix leaves every text-to-image set out."""
+    weights, drop = config["mix"]["weights"], config["mix"]["drop"]
+    return not any(weight > 0 and name.startswith("t2i") and name not in drop for name, weight in weights.items())
+
+
+def find_controls(configs: Mapping[str, Mapping[str, Any]], stated: Mapping[str, str]) -> dict[str, str]:
+    """Arm -> its control: stated, or the arm without generation that is equal to it but for the mix."""
+    found = dict(stated)
+    controls = {name: training_keys(config) for name, config in configs.items() if without_generation(config)}
+    for name, config in configs.items():
+        if name in controls or name in found:
+            continue
+        own = training_keys(config)
+        same = [c for c, keys in controls.items() if all(k.startswith("mix.") for k in differing(own, keys))]
+        found |= {name: same[0]} if same else {}
+    return found
+
+
+# --------------------------------------------------------------------------- checks
+
+
+def _composed(key: str, experiment: str, overrides: Iterable[str]) -> dict[str, Any]:
+    seeds = [override for override in overrides if override.startswith("seed=")]
+    if seeds:
+        raise ConfigError(f"{key}: {seeds[0]}: seeds are the study's; set study.seeds")
+    try:
+        return plain(compose([f"experiment={experiment}", *overrides]))
+    except ConfigError as error:
+        raise ConfigError(f"{key}: {error}") from error
+
+
+def _one_of(key: str, word: str, known: Iterable[str]) -> None:
+    known = list(known)
+    if word not in known:
+        raise ConfigError(f"{key}={word}: must be one of the study's arms; {near_miss(word, known)}")
+
+
+def _check_words(study: Study) -> None:
+    if not study.seeds or len(set(study.seeds)) < len(study.seeds):
+        raise ConfigError(f"study.seeds={list(study.seeds)}: must be different whole numbers, at least one")
+    if study.reference is None:
+        raise ConfigError("study.reference: missing; one of the study's arms")
+    _one_of("study.reference", study.reference, study.arms)
+    for arm, control in study.controls.items():
+        _one_of("study.controls", arm, study.arms)
+        _one_of(f"study.controls.{arm}", control, study.arms)
+    for i, hypothesis in enumerate(study.hypotheses):
+        _check_hypothesis(f"study.hypotheses[{i}]", hypothesis, study)
+
+
+def _check_hypothesis(key: str, hypothesis: Hypothesis, study: Study) -> None:
+    _one_of(f"{key}.arm", hypothesis.arm, study.arms)
+    if hypothesis.against not in ANCHORS:
+        _one_of(f"{key}.against", hypothesis.against, [*study.arms, *ANCHORS])
+    if hypothesis.against == hypothesis.arm:
+        raise ConfigError(f"{key}.against={hypothesis.against}: must be another arm than {key}.arm")
+    name = hypothesis.metric
+    if name not in METRICS and name.split("/")[0] not in METRICS and not ROUTING.fullmatch(name):
+        known = near_miss(name, METRICS)
+        raise ConfigError(f"{key}.metric={name}: no such score, nor routing/METRIC/KIND; {known}")
+    if hypothesis.margin < 0 or (hypothesis.expect == "equal" and hypothesis.margin == 0):
+        right = "must be above 0: how far apart counts as equal" if hypothesis.expect == "equal" else "must not be < 0"
+        raise ConfigError(f"{key}.margin={hypothesis.margin:g}: {right}")
+
+
+def _check_arms(study: Study) -> None:
+    keys = {name: training_keys(config) for name, config in study.composed.items()}
+    known = {key for flat in keys.values() for key in flat}
+    groups = {".".join(key.split(".")[:n]) for key in known for n in range(1, key.count(".") + 2)}
+    for factor in study.factors:
+        if factor not in groups and factor != "ablation":
+            raise ConfigError(f"study.factors: {factor!r} is no key of the config; {near_miss(factor, groups)}")
+    seen: dict[str, str] = {}
+    for name, flat in keys.items():
+        twin = seen.setdefault(repr(sorted(flat.items(), key=lambda item: item[0])), name)
+        if twin != name:
+            raise ConfigError(f"study.arms.{name}: composes to the same run as {twin}; must differ in some key")
+    controls = find_controls(study.composed, study.controls)
+    for i, hypothesis in enumerate(study.hypotheses):
+        if hypothesis.against == CONTROL and hypothesis.arm not in controls:
+            why = "no arm is equal to it but for a mix without generation; add one, or name it in study.controls"
+            raise ConfigError(f"study.hypotheses[{i}].against=control: {hypothesis.arm} has none: {why}")
