@@ -58,7 +58,7 @@ from symbiotic.runs import (
 )
 from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
-from symbiotic.studies.evaluate import make_benchmarks
+from symbiotic.studies.benchmarks import make_benchmarks
 from symbiotic.trained import EMA as EMA_FILE
 from symbiotic.trained import FINAL, TOKENIZER
 from symbiotic.training.phases import mix_schedule

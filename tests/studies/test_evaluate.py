@@ -22,7 +22,8 @@ from symbiotic.evaluation.embedded import EmbeddedEvaluation
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.runs import load_state, save_state
 from symbiotic.schema import ConfigError, EvalConfig, RunError
-from symbiotic.studies.evaluate import benchmark_names, evaluate_run, evaluation_folder, read_results
+from symbiotic.studies.benchmarks import benchmark_names
+from symbiotic.studies.evaluate import evaluate_run, evaluation_folder, read_results
 from symbiotic.trained import open_run
 
 CLIP = "++evaluation.benchmarks.clip_score={_target_: symbiotic.evaluation.clip_score.CLIPScore, num_images: 3"

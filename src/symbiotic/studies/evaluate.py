@@ -11,7 +11,6 @@ An evaluation that was killed goes on: finished benchmarks are not run again, of
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -19,25 +18,19 @@ import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from symbiotic.checks.evaluation import EMBEDDED
-from symbiotic.config import VOLATILE, instantiate
-from symbiotic.data.errors import DataError
-from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value
-from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.embedded import EmbeddedEvaluation
+from symbiotic.config import VOLATILE
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.runs import digest, locked, provenance, read_json, replace_with, source_hash, state_hash, write_json
-from symbiotic.schema import ConfigError, EvalConfig, Evaluation, RunError
-from symbiotic.trained import EMA, PARENT_FILE, TOKENIZER, Trained, open_run
+from symbiotic.schema import EvalConfig, RunError
+from symbiotic.studies.benchmarks import benchmark_names, make_suite, read_protocols
+from symbiotic.trained import EMA, PARENT_FILE, Trained, open_run
 
 RESULTS, SECONDS, PARTS, LOCK = "results.json", "seconds.json", "parts", ".lock"
 
@@ -208,75 +201,6 @@ def open_session(config: EvalConfig, run: Path) -> Session:
     protocols, missing, failed = read_protocols(suite, trained.model)
     seed = trained.config.seed if config.seed is None else config.seed
     return Session(trained, suite, seed, state_hash(trained.model.state_dict()), protocols, missing, failed)
-
-
-def make_suite(config: EvalConfig, trained: Trained) -> Suite:
-    """The embedded benchmarks, and the configured ones behind them; with the run's objective and words."""
-    changed = {name: value for name, value in asdict(config.sampler).items() if value is not None}
-    sampler = dataclasses.replace(trained.config.objective.sampler, **changed)
-    objective = dataclasses.replace(trained.config.objective, sampler=sampler)
-    evaluation, more = config.evaluation, list(make_benchmarks(config.evaluation).values())
-    if (trained.corpus / TOKENIZER).is_file():
-        suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more)
-    else:
-        absent = [Absent(name, trained.corpus) for name in EMBEDDED]
-        suite = Suite([*absent, *more], trained.tokenizer, objective, batch_size=evaluation.batch_size)
-    suite.size = trained.size
-    return suite
-
-
-class Absent(Benchmark):
-    """An embedded benchmark whose corpus is gone."""
-
-    def __init__(self, name: str, corpus: Path) -> None:
-        self.name, self.corpus = name, corpus  # type: ignore[misc]
-
-    def protocol(self) -> Mapping[str, Any]:
-        where = "data=FOLDER says where the corpora lie; the run's own command writes it again"
-        raise MissingAsset(f"{self.corpus}: no such corpus; {where}")
-
-    def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
-        yield from ()
-
-
-def make_benchmarks(evaluation: Evaluation) -> dict[str, Benchmark]:
-    """The config's benchmarks by key, in the order in which they run.
-
-    Raises:
-        ConfigError: a node that cannot be built, or two of the same benchmark, whose records would mix.
-    """
-    made: dict[str, Benchmark] = {}
-    for key, node in evaluation.benchmarks.items():
-        if node is None:
-            continue
-        benchmark = instantiate(node, f"evaluation.benchmarks.{key}")
-        twin = next((k for k, b in made.items() if b.name == benchmark.name), None)
-        if twin is not None or benchmark.name in EMBEDDED:
-            other = f"evaluation.benchmarks.{twin}" if twin else "the embedded one"
-            raise ConfigError(f"evaluation.benchmarks.{key}: measures {benchmark.name} as {other} does; leave one out")
-        made[key] = benchmark
-    return made
-
-
-def benchmark_names(evaluation: Evaluation, only: Sequence[str]) -> set[str]:
-    """Names of the benchmarks at these keys of the config, or of the embedded ones; of all where no key is given."""
-    names = {name: name for name in EMBEDDED} | {key: b.name for key, b in make_benchmarks(evaluation).items()}
-    return {names[key] for key in only if key in names} if only else set(names.values())
-
-
-def read_protocols(
-    suite: Suite, model: nn.Module
-) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, str]]:
-    """Benchmark -> its protocol; -> the file that it lacks; -> why its files cannot be used."""
-    protocols, missing, failed = {}, {}, {}
-    for benchmark in suite.measurable(model):
-        try:
-            protocols[benchmark.name] = benchmark.protocol()
-        except MissingAsset as error:
-            missing[benchmark.name] = str(error)
-        except DataError as error:
-            failed[benchmark.name] = str(error)
-    return protocols, missing, failed
 
 
 # --------------------------------------------------------------------------- plain values

@@ -96,7 +96,8 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
 
     from symbiotic.runs import read_json
     from symbiotic.studies import console
-    from symbiotic.studies.evaluate import SECONDS, benchmark_names, evaluate_run, read_results
+    from symbiotic.studies.benchmarks import benchmark_names
+    from symbiotic.studies.evaluate import SECONDS, evaluate_run, read_results
 
     torch.set_num_threads(config.threads)
     asked = benchmark_names(config.evaluation, config.only)
