@@ -58,7 +58,7 @@ from symbiotic.runs import (
 )
 from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
-from symbiotic.studies.benchmarks import make_benchmarks
+from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
 from symbiotic.trained import EMA as EMA_FILE
 from symbiotic.trained import FINAL, TOKENIZER
 from symbiotic.training.phases import mix_schedule
@@ -195,10 +195,12 @@ class Arc:
     def anchor(self, config: Config, state: dict[str, Tensor], folder: Path) -> dict[str, float]:
         """Scores of the parent, kept beside it."""
         code = source_hash("models", "objectives", "generation", "evaluation")
-        path = folder / f"scores-{self.evaluation_key()}-{code}.json"
+        model = built(config, state, latents=False)
+        protocols, _, _ = read_protocols(self.evaluation, model)  # others when assets come or change
+        path = folder / f"scores-{digest([self.evaluation_key(), protocols])}-{code}.json"
         known = read_json(path)
         if known is None:
-            known = dict(self.evaluate(built(config, state, latents=False)))
+            known = dict(self.evaluate(model))
             write_json(path, known)
         return known
 
