@@ -13,6 +13,7 @@ import io
 import itertools
 import logging
 import os
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +152,7 @@ def language_model(answering: Answering) -> TemplateLM:
 
 
 def task_facts(name: str) -> dict[str, str]:
-    """What of a task belongs to a protocol: its files, and the library that runs them.
+    """What of a task belongs to a protocol: its file, and the library that runs it.
 
     Raises:
         MissingAsset: the library is not installed.
@@ -159,8 +160,7 @@ def task_facts(name: str) -> dict[str, str]:
     package("lm_eval", "eval")
     from importlib.metadata import version
 
-    files = f"{content_hash(TASKS / f'{name}.yaml')} {content_hash(TASKS / 'functions.py')}"
-    return {"task": f"{name}.yaml {files}", "lm_eval": version("lm-eval")}
+    return {"task": content_hash(TASKS / f"{name}.yaml"), "lm_eval": version("lm-eval")}
 
 
 def run_task(name: str, documents: Sequence[Document], answering: Answering) -> dict[str, float]:
@@ -181,20 +181,13 @@ def run_task(name: str, documents: Sequence[Document], answering: Answering) -> 
             task_manager=task_manager(documents),
             bootstrap_iters=0,
             log_samples=False,
-            random_seed=None,  # the caller's random state stays what it is
+            random_seed=None,
             numpy_random_seed=None,
             torch_random_seed=None,
             fewshot_random_seed=None,
         )
     scores = found["results"][f"symbiotic_{name}"]
     return {key: value for key, value in scores.items() if isinstance(value, float)}
-
-
-def renderer(name: str, documents: Sequence[Document]) -> Callable[[Document], str]:
-    """Document -> its prompt, as lm-eval renders it."""
-    with quiet():
-        task = task_manager(documents).load([f"symbiotic_{name}"])["tasks"][f"symbiotic_{name}"]
-    return lambda document: str(task.fewshot_context(document, 0))
 
 
 def task_manager(documents: Sequence[Document]) -> TaskManager:
@@ -204,10 +197,15 @@ def task_manager(documents: Sequence[Document]) -> TaskManager:
     return TaskManager(include_path=str(TASKS), include_defaults=False, metadata={"documents": lambda: listed})
 
 
+def dataset(documents: Callable[[], Documents], **_: Any) -> dict[str, Documents]:
+    """The `custom_dataset` of the tasks, from the manager's metadata; a function, as metadata is copied deeply."""
+    return {"test": documents()}
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without lm-eval's progress bars and advice; errors are raised all the same."""
-    logger = logging.getLogger("lm_eval")
+    """Without lm-eval's progress bars, its advice, and what it draws from the global random state."""
+    logger, drawn = logging.getLogger("lm_eval"), random.getstate()
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -215,3 +213,4 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        random.setstate(drawn)

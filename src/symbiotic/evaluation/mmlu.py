@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic.data.errors import DataError
+from symbiotic.evaluation.benchmark import MissingAsset
 from symbiotic.evaluation.tables import parquet_rows, text_rows
 
 LETTERS = "ABCD"
@@ -48,7 +49,7 @@ def read_mmlu(folder: str | Path, split: str, subjects: tuple[str, ...] = ()) ->
     for path in mmlu_files(folder, split):
         if subjects and path.suffix == ".csv" and _subject(path) not in subjects:
             continue
-        for item in _csv_questions(path) if path.suffix == ".csv" else _parquet_questions(path):
+        for item in _questions(path):
             if isinstance(item, Question):
                 found.setdefault(item.subject, []).append(item)
             else:
@@ -80,6 +81,16 @@ def _name(path: Path) -> str:
     return path.name if path.suffix == ".csv" else f"{path.parent.name}/{path.name}"
 
 
+def _questions(path: Path) -> Iterator[Question | str]:
+    """The questions of a file, a line for each row that is none, and one for a file that cannot be read."""
+    try:
+        yield from _csv_questions(path) if path.suffix == ".csv" else _parquet_questions(path)
+    except MissingAsset:
+        raise
+    except DataError as error:
+        yield str(error).removeprefix(f"{path}: ")
+
+
 def _subject(path: Path) -> str:
     """`high_school_physics` of high_school_physics_test.csv."""
     return path.stem.rpartition("_")[0]
@@ -100,13 +111,9 @@ def _of_fields(subject: str, row: int, fields: list[str]) -> Question | str:
 
 
 def _parquet_questions(path: Path) -> Iterator[Question | str]:
-    """A file that cannot be read is a line, as the other subjects' can."""
-    try:
-        for row, values in enumerate(parquet_rows(path, ("question", "choices", "answer"), ("subject",)), 1):
-            item = values if isinstance(values, str) else _of_values(path.parent.name, row, values)
-            yield item if isinstance(item, Question) or item is values else f"row {row}: {item}"
-    except DataError as error:
-        yield str(error)
+    for row, values in enumerate(parquet_rows(path, ("question", "choices", "answer"), ("subject",)), 1):
+        item = values if isinstance(values, str) else _of_values(path.parent.name, row, values)
+        yield item if isinstance(item, Question) or item is values else f"row {row}: {item}"
 
 
 def _of_values(folder: str, row: int, values: dict[str, Any]) -> Question | str:

@@ -17,7 +17,7 @@ from symbiotic.evaluation.assets import asset, at_least
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, mean
 from symbiotic.evaluation.caption_lists import files_hash
 from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.lm_eval_adapter import Answering, Document, renderer, run_task, task_facts
+from symbiotic.evaluation.lm_eval_adapter import Answering, Document, run_task, task_facts
 from symbiotic.evaluation.mmlu import LETTERS, Question, mmlu_files, read_mmlu
 
 KEY = "evaluation.benchmarks.mmlu"
@@ -108,14 +108,13 @@ class MMLU(Benchmark):
 
     def fitted(self, documents: list[Document], answering: Answering, problems: list[str]) -> list[Document]:
         """The documents with as many shots as fit; those that do not fit without any are named and left out."""
-        if self.max_tokens is None or not documents:
+        if self.max_tokens is None:
             return documents
-        render = renderer("mmlu", documents)
         kept: list[Document] = []
         lost: Counter[int] = Counter()
         for whole in documents:
             for shorter in fewer_shots(whole):
-                tokens = sum(map(len, answering.pair(render(shorter), " A")))
+                tokens = sum(map(len, answering.pair(prompt(shorter), " A")))
                 if tokens <= self.max_tokens:
                     kept.append(shorter)
                     lost[len(shorter["shots"])] += shorter is not whole
@@ -147,6 +146,19 @@ def document(question: Question, shots: Sequence[Question]) -> Document:
 
 def asked(question: Question) -> dict[str, Any]:
     return {"question": question.question, "choices": question.choices, "answer": question.answer}
+
+
+def prompt(document: Document) -> str:
+    """The `doc_to_text` of the task: the stock description, the shots with their answers, the question without."""
+    subject = document["subject"].replace("_", " ")
+    head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+    shots = "".join(f"{rendered(shot)} {LETTERS[shot['answer']]}\n\n" for shot in document["shots"])
+    return head + shots + rendered(document)
+
+
+def rendered(item: Mapping[str, Any]) -> str:
+    choices = "".join(f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, item["choices"], strict=True))
+    return f"{item['question'].strip()}\n{choices}Answer:"
 
 
 def described(document: Document, prompt: str, log_probs: Sequence[float]) -> Record:

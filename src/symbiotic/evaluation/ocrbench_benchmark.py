@@ -102,6 +102,11 @@ def described(document: Document, prompt: str, prediction: str) -> Record:
     return {**kept, "correct": correct(prediction, document["answers"], document["dataset_name"])}
 
 
+def results(document: Document, predictions: Sequence[str]) -> dict[str, bool]:
+    """The `process_results` of the task."""
+    return {"correct": correct(predictions[0], document["answers"], document["dataset_name"])}
+
+
 def scores(records: Sequence[Record]) -> Iterator[tuple[str, Value]]:
     """All scores, from the records alone: counts of the official set, else shares."""
     groups: dict[str, list[bool]] = {group: [] for group in OFFICIAL_COUNTS}
