@@ -55,7 +55,7 @@ def run_name(raw: Mapping[str, Any]) -> str:
     fixed["paths"] = {"runs": "runs", "data": "data", "cache": "cache"}
     plain = resolved({**{k: v for k, v in raw.items() if k != "hydra"}, **fixed})
     kept = {k: v for k, v in plain.items() if k not in (*VOLATILE, "seed", "ablation")}
-    if logs_steer(kept):
+    if _logs_steer(kept):
         kept["log_every"] = raw["log_every"]
     kept["trainer"] = {k: v for k, v in (kept.get("trainer") or {}).items() if k not in VOLATILE_TRAINER}
     kept["data"] = {k: v for k, v in kept["data"].items() if k != "num_workers"}
@@ -64,7 +64,7 @@ def run_name(raw: Mapping[str, Any]) -> str:
     return f"{kept['system']['name']}-{digest}-seed{raw['seed']}"
 
 
-def logs_steer(plain: Mapping[str, Any]) -> bool:
+def _logs_steer(plain: Mapping[str, Any]) -> bool:
     """Whether training depends on what is logged: a phase that ends by a metric, an alarm that acts."""
     phases = plain["phases"].get("list") or ()
     alarm = plain["callbacks"].get("collapse_alarm") or {}

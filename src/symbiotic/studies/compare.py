@@ -19,16 +19,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from symbiotic.callbacks.events import EVENTS, read_events
-from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
-from symbiotic.runs import read_json
 from symbiotic.schema import RunError
 from symbiotic.studies import console
 from symbiotic.studies.curves import read_series
+from symbiotic.studies.runs_of import Run, differing, flat, plain, read_runs, stopped, training_keys
 
-IGNORED = ("seed", "run_dir", "name", "paths", "threads", "log_every", "save_every", "ablation", "metric", "logger")
 NAMES = {
     "system.name": "",
     "rates.lr": "lr ",
@@ -40,14 +35,6 @@ NAMES = {
 """Keys that name an arm, and what stands before their value."""
 
 ROUTING = ("capacity@1.25/und", "capacity@1.25/vae", "utilisation/und", "utilisation/vae")
-
-
-@dataclass
-class Run:
-    folder: Path
-    summary: dict[str, Any]
-    config: dict[str, Any]
-    scores: dict[int, dict[str, float | None]]
 
 
 @dataclass
@@ -72,63 +59,41 @@ class Arm:
         return [float(value) for value in found if value is not None]
 
 
-def read_runs(root: Path) -> list[Run]:
-    """Every finished run below `root`.
-
-    Raises:
-        RunError: there is none, or they were made by different code or from different data.
-    """
-    folders = sorted(path.parent for path in root.rglob("summary.json"))
-    runs = [
-        Run(f, read_json(f / "summary.json"), yaml.safe_load((f / "config.yaml").read_text()), read_scores(f / SCORES))
-        for f in folders
-    ]
-    if not runs:
-        raise RunError(f"{root}: no finished run (a folder with summary.json) in here")
+def check_alike(runs: Sequence[Run]) -> None:
+    """Raises RunError: they were made by different code or from different data."""
     for what, value in (("code", lambda r: r.summary["provenance"]["code"]), ("data", lambda r: r.summary["data"])):
         odd = next((run for run in runs if value(run) != value(runs[0])), None)
         if odd is not None:
             raise RunError(f"{odd.folder}: other {what} ({value(odd)}) than {runs[0].folder} ({value(runs[0])})")
-    return runs
-
-
-def stopped(root: Path) -> list[str]:
-    """One line for every run below `root` that its alarm stopped: it has no scores, and must not go unnoticed."""
-    folders = sorted(path.parent for path in root.rglob(EVENTS) if not (path.parent / "summary.json").exists())
-    texts = {folder: [e["text"] for e in read_events(folder) if e.get("action") == "stop"] for folder in folders}
-    return [f"{folder}: {lines[-1]}" for folder, lines in texts.items() if lines]
-
-
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"a": {"b": 1}}` -> `{"a.b": 1}`; lists stay, and so do the mappings that `NAMES` has."""
-    out: dict[str, Any] = {}
-    for key, value in config.items():
-        name = f"{prefix}{key}"
-        whole = name in NAMES or not isinstance(value, Mapping)
-        out |= {name: value} if whole else flat(value, f"{name}.")
-    return out
 
 
 def arms(runs: Sequence[Run]) -> list[Arm]:
-    """In the order of their names; seeds in order."""
-    flats = [flat({k: v for k, v in run.config.items() if k not in IGNORED}) for run in runs]
-    varying = [key for key in NAMES if len({repr(f.get(key)) for f in flats}) > 1]
-    found: dict[str, Arm] = {}
-    for run, values in sorted(zip(runs, flats, strict=True), key=lambda pair: pair[0].config["seed"]):
-        identity = repr(sorted((k, v) for k, v in values.items() if acts(k, values)))
-        ablations = [f"ablation {name}" for name in run.config.get("ablation") or ()]
-        name = ", ".join([*(text for key in varying if (text := label(key, values.get(key)))), *ablations])
-        found.setdefault(identity, Arm(name or run.config["system"]["name"])).runs.append(run)
-    for arm in found.values():
+    """In the order of their names; seeds in order. A collapse alarm that changed the training stands in the name."""
+    found = [Arm(name, members) for name, members in named_arms(runs).items()]
+    for arm in found:
         if any(run.summary.get("events", {}).get("intervention") for run in arm.runs):
             arm.name += " (its alarm intervened)"
-    return sorted(found.values(), key=lambda arm: arm.name)
+    return sorted(found, key=lambda arm: arm.name)
 
 
-def acts(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a key may change the training: instruments do not, but for an alarm that acts."""
-    alarm = "callbacks.collapse_alarm."
-    return not key.startswith("callbacks.") or (key.startswith(alarm) and values.get(f"{alarm}action") != "warn")
+def named_arms(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """Name -> runs that differ in the seed only, in the order of their names; seeds in order."""
+    groups: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        groups.setdefault(repr(sorted(training_keys(plain(run.config)).items())), []).append(run)
+    configs = [flat(members[0].config, whole=NAMES) for members in groups.values()]
+    varying = [key for key in NAMES if len({repr(config.get(key)) for config in configs}) > 1]
+    found: dict[str, list[Run]] = {}
+    for config, members in zip(configs, groups.values(), strict=True):
+        ablations = [f"ablation {name}" for name in members[0].config.get("ablation") or ()]
+        words = [*(text for key in varying if (text := label(key, config.get(key)))), *ablations]
+        name = ", ".join(words) or members[0].config["system"]["name"]
+        if name in found:  # they differ in a key that names no arm
+            apart = differing(*(training_keys(plain(one[0].config)) for one in (members, found[name])))
+            own = training_keys(plain(members[0].config))
+            name = ", ".join([name, *(f"{key}={own.get(key)}" for key in apart)])
+        found[name] = members
+    return dict(sorted(found.items()))
 
 
 def label(key: str, value: Any) -> str:
@@ -199,10 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--metrics", nargs="+", help="names of docs/metrics.md, * for any part: print these instead")
     parser.add_argument("--between", type=int, nargs=2, default=[400, 450], help="steps that --metrics averages over")
     chosen = parser.parse_args(arguments)
-    for line in stopped(chosen.runs):
-        print(f"left out: {line}", file=sys.stderr)
+    for folder, why in stopped(chosen.runs).items():
+        print(f"left out: {folder}: {why}", file=sys.stderr)
     try:
-        found = arms(read_runs(chosen.runs))
+        runs = read_runs(chosen.runs)
+        check_alike(runs)
+        found = arms(runs)
         if chosen.metrics:
             print(markdown(*metric_table(found, chosen.metrics, tuple(chosen.between))))
             return 0

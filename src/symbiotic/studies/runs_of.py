@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ import yaml
 
 from symbiotic.callbacks.events import EVENTS, read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
-from symbiotic.config import VOLATILE, VOLATILE_TRAINER, logs_steer
+from symbiotic.config import VOLATILE, VOLATILE_TRAINER
+from symbiotic.evaluation.context import whole_lines
+from symbiotic.evaluation.names import metric
 from symbiotic.runs import read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse
 from symbiotic.studies.curves import Series, read_series
@@ -28,21 +30,72 @@ INSTRUMENTS = (
 """Callbacks that look on."""
 
 
+class AuditError(RunError):
+    """Runs that cannot stand in one report. The message names them and says what would help."""
+
+
 @dataclass
 class Run:
+    """A finished run. results, evaluation: what `studies/evaluate.py` wrote, and its folder; {} where it did not."""
+
     folder: Path
     summary: dict[str, Any]
     config: dict[str, Any]
     scores: dict[int, dict[str, float | None]]
+    results: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Path | None = None
 
     @property
     def seed(self) -> int:
         return int(self.config["seed"])
 
+    @property
+    def last(self) -> int:
+        return int(self.summary["steps"])
+
     @cached_property
     def metrics(self) -> dict[str, Series]:
+        """What was logged while it trained."""
         path = self.folder / "metrics.csv"
         return read_series(path) if path.is_file() else {}
+
+    def score(self, name: str, step: int | None = None) -> float | None:
+        """At a step (None: the last): as evaluated, else as measured in training; `routing/...` as logged."""
+        step = self.last if step is None else step
+        if name.startswith("routing/"):
+            pooled = self.summary.get("routing", {}) if step == self.last else {}
+            logged = dict(zip(*self.metrics.get(name, ([], [])), strict=True))
+            return _number(pooled.get(name, logged.get(step)))
+        if self.evaluated_at(step) and name in self.results["scores"]:
+            return _number(self.results["scores"][name]["value"])
+        found = self.scores.get(step, {})
+        return _number(found.get(name, self.summary["scores"].get(name) if step == self.last else None))
+
+    def evaluated_at(self, step: int) -> bool:
+        return bool(self.results) and self.results.get("step") == step and not self.results.get("ema")
+
+    def answers(self, name: str, step: int | None = None) -> dict[str, float]:
+        """Question -> whether it was answered right, from the records behind a share of right answers; {} without."""
+        step = self.last if step is None else step
+        if not metric(name).share:
+            return {}
+        wanted, held_out = RECORDS.get(name, name.split("/")[0]), name.endswith("_held_out")
+        subject = name.split("/", 1)[1] if "/" in name else None
+        if self.evaluation is not None and self.evaluated_at(step) and name in self.results["scores"]:
+            path = self.evaluation / f"{wanted}.jsonl"
+        else:
+            path = self.folder / "predictions" / f"step={step:06d}.jsonl"
+        records = whole_lines(path) if path.is_file() else ()
+        mine = (r for r in records if r.get("benchmark") == wanted and (r.get("held_out") or not held_out))
+        return {str(r["id"]): float(r["correct"]) for r in mine if subject in (None, r.get("subject"))}
+
+
+RECORDS = {"embedded_acc": "generation", "embedded_acc_held_out": "generation", "ocrbench_share": "ocrbench"}
+"""Score -> the benchmark that its records name, where that is not the score's own name."""
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)
 
 
 def read_runs(root: Path) -> list[Run]:
@@ -94,13 +147,6 @@ def flat(config: Mapping[str, Any], prefix: str = "", whole: Collection[str] = (
     return out
 
 
-def acts(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a callback's key may change the training: instruments do not, nor does an alarm that only warns."""
-    if key.startswith("callbacks.collapse_alarm"):
-        return values.get("callbacks.collapse_alarm.action", "warn") != "warn"
-    return not key.startswith(tuple(f"callbacks.{name}" for name in INSTRUMENTS))
-
-
 def plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
     """With every key that this code knows, lists for tuples: as `config.yaml` would be read again."""
     try:
@@ -111,14 +157,37 @@ def plain(config: Config | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def config_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Full key -> value of everything that may decide a result; of a `plain` config."""
+    """Full key -> value of everything that may decide a result; of a `plain` config.
+
+    Phases go by their names. `system.pools (order)`, `phases.log_every` (where a phase ends by a logged metric) and the
+    alarm as one value stand for what no key alone says.
+    """
     kept = {key: value for key, value in config.items() if key not in IGNORED}
-    if logs_steer(config):
-        kept["log_every"] = config["log_every"]
-    values = flat(kept)
+    phases = kept["phases"]["list"]
+    kept["phases"] = {**kept["phases"], "list": by_name(phases)}
+    kept["callbacks"] = {key: value for key, value in kept["callbacks"].items() if key not in INSTRUMENTS}
+    kept["callbacks"]["collapse_alarm"] = alarm(kept["callbacks"].get("collapse_alarm"), config["log_every"])
+    values = flat(kept) | {"system.pools (order)": list(config["system"]["pools"])}
+    if any(phase.get("when") for phase in phases):
+        values["phases.log_every"] = config["log_every"]
     aside = {"data.num_workers", "data.source.folder", *(f"trainer.{name}" for name in VOLATILE_TRAINER)}
-    order = {"system.pools (order)": list(config["system"]["pools"])}
-    return {key: value for key, value in (values | order).items() if key not in aside and acts(key, values)}
+    return {key: value for key, value in values.items() if key not in aside}
+
+
+def alarm(node: Mapping[str, Any] | None, log_every: int) -> str:
+    """What a collapse alarm may do to the training; one that only warns is as none."""
+    if node is None or node.get("action", "warn") == "warn":
+        return "warn"
+    settings = {key: value for key, value in node.items() if key not in ("action", "_target_")}
+    return f"{node['action']}, every {log_every} steps, {json.dumps(settings, sort_keys=True)}"
+
+
+def by_name(phases: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Name -> what the phase sets."""
+    names = [phase["name"] for phase in phases]
+    numbered = [name if names.count(name) == 1 else f"{name} {i}" for i, name in enumerate(names)]
+    settings = ({k: v for k, v in phase.items() if k != "name" and v not in (None, [], {})} for phase in phases)
+    return dict(zip(numbered, settings, strict=True))
 
 
 def training_keys(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -127,9 +196,23 @@ def training_keys(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 MISSING = "(no such key)"
+SHOWN = 4
 
 
 def differing(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Keys whose values differ."""
     keys = [*one, *(key for key in other if key not in one)]
     return [key for key in keys if one.get(key, MISSING) != other.get(key, MISSING)]
+
+
+def text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
+
+
+def listed(words: Iterable[str]) -> str:
+    """The first few, and how many more."""
+    whole = list(words)
+    more = f" and {len(whole) - SHOWN} more" if len(whole) > SHOWN else ""
+    return ", ".join(whole[:SHOWN]) + more

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from symbiotic.config import CONF, compose
+from symbiotic.config import CONF, compose, explicit_keys
 from symbiotic.evaluation.names import METRICS
 from symbiotic.schema import ConfigError, near_miss, parse
 from symbiotic.studies.runs_of import differing, plain, training_keys
@@ -117,6 +117,38 @@ def find_controls(configs: Mapping[str, Mapping[str, Any]], stated: Mapping[str,
         same = [c for c, keys in controls.items() if all(k.startswith("mix.") for k in differing(own, keys))]
         found |= {name: same[0]} if same else {}
     return found
+
+
+# --------------------------------------------------------------------------- factors
+
+
+DERIVED = {
+    "model.gen_fraction": "system.pools",
+    "phases.steps": "phases.list",
+    "phases.shield_steps": "phases.list",
+    "phases.release_scale": "phases.list",
+}
+"""Keys from whose values others follow in the shipped config: who declares the first has declared the second."""
+
+
+def covered(key: str, factors: Iterable[str]) -> bool:
+    """Whether a declared factor, ablations aside, covers a key."""
+    return any(covers(factor, key) for factor in factors if factor != "ablation")
+
+
+def set_by_ablations(key: str, names: Iterable[str]) -> str | None:
+    """`ablation=NAME` of the one that sets a key."""
+    return next((by for own, by in explicit_keys(list(names), ()).items() if covers(own, key)), None)
+
+
+def covers(factor: str, key: str) -> bool:
+    """Whether a key is the factor, stands below it, or follows from it."""
+    follows = [target for source, target in DERIVED.items() if below(source, factor)]
+    return any(below(key, one) for one in (factor, *follows))
+
+
+def below(key: str, factor: str) -> bool:
+    return key == factor or key.startswith((f"{factor}.", f"{factor} "))
 
 
 # --------------------------------------------------------------------------- checks
