@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -25,7 +24,7 @@ from symbiotic.evaluation.assets import ASSETS
 from symbiotic.runs import read_json
 from symbiotic.schema import ConfigError, EvalConfig
 from symbiotic.studies.evaluate import evaluate_run, read_results
-from symbiotic.studies.evaluation_command import finished_runs, main, row, wilson
+from symbiotic.studies.evaluation_command import main, row, wilson
 
 SMOKE = "evaluation=smoke"
 
@@ -300,10 +299,39 @@ def test_a_cached_parent_is_evaluated_like_a_run(real: tuple[Path, str], shared_
     shutil.rmtree(folder)
 
 
-def test_finished_runs_are_found_below_a_folder(real: tuple[Path, str], tmp_path: Path) -> None:
-    assert finished_runs(real[0].parent) == [real[0]]
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.yaml").write_text("{}")
-    with pytest.raises(Exception, match="no finished run"):
-        finished_runs(tmp_path)
-    assert json.loads((real[0] / "summary.json").read_text())["steps"] == 20
+def test_a_folder_of_runs_is_audited_measured_and_reported(
+    real: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = tmp_path / "runs"
+    one = Path(shutil.copytree(real[0], runs / real[0].name, ignore=shutil.ignore_patterns("evaluation")))
+    (runs / "half").mkdir()
+    (runs / "half" / "config.yaml").write_text("{}")
+    assert main([f"runs={runs}", SMOKE, "only=[knowledge,reading]"]) == 0
+    printed = capsys.readouterr().out
+    assert "half" in printed
+    (folder,) = (one / "evaluation").glob("step=*/results.json")
+    assert set(read_json(folder)["protocol"]) == {"knowledge", "reading"}
+    assert {"report.md", "report.html", "results.csv"} <= {path.name for path in (runs / "report").iterdir()}
+    assert str(runs / "report" / "report.html") in printed
+    shutil.rmtree(one / "evaluation")
+    assert main([f"runs={runs}", SMOKE, "evaluate=false", f"report={tmp_path / 'other'}"]) == 0
+    assert (tmp_path / "other" / "report.html").is_file()
+    assert not (one / "evaluation").exists()
+
+
+def test_runs_that_do_not_compare_cost_no_evaluation(
+    real: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fresh = shutil.ignore_patterns("evaluation")
+    one, two = (Path(shutil.copytree(real[0], tmp_path / name, ignore=fresh)) for name in ("one", "two"))
+    changed = (
+        (two / "config.yaml").read_text().replace("\nseed: 0\n", "\nseed: 1\n").replace("warmup: 30", "warmup: 29")
+    )
+    assert "warmup: 29" in changed
+    (two / "config.yaml").write_text(changed)
+    assert main([f"runs={tmp_path}", SMOKE]) == 1
+    error = capsys.readouterr().err
+    assert "warmup" in error
+    assert error.count("\n") == 1
+    assert not (one / "evaluation").exists()
+    assert not (tmp_path / "report").exists()

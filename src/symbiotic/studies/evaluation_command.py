@@ -71,7 +71,7 @@ def act(arguments: Sequence[str]) -> None:
     if len(shown) < len(arguments):
         print(yaml.safe_dump(asdict(config), sort_keys=False, width=120), end="")
         return
-    runs = [run_folder(config.run)] if config.run is not None else finished_runs(Path(str(config.runs)))
+    runs = [run_folder(config.run)] if config.run is not None else audited_runs(config, Path(str(config.runs)))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is fetched, by any library
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (see launch.run_arc)
     failed = evaluate(config, runs) if config.evaluate else []
@@ -81,12 +81,19 @@ def act(arguments: Sequence[str]) -> None:
         raise RunError(f"{len(failed)} not measured: {'; '.join(failed)}")
 
 
-def finished_runs(root: Path) -> list[Path]:
-    """Raises RunError where there is none."""
-    found = sorted(path.parent for path in root.rglob("summary.json"))
-    if not found:
-        raise RunError(f"{root}: no finished run (a folder with summary.json) in here")
-    return found
+def audited_runs(config: EvalConfig, root: Path) -> list[Path]:
+    """The runs that enter the study; audited before time is spent on them.
+
+    Raises:
+        AuditError, RunError: they cannot be compared, or there is none.
+    """
+    from symbiotic.studies.audit import audit_runs
+    from symbiotic.studies.study import read_study
+
+    audit = audit_runs(root, read_study(config.study), config.factors)
+    for problem in audit.problems:
+        print(f"audit: {problem}", flush=True)
+    return [run.folder for arm in audit.arms for run in arm.runs]
 
 
 def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
@@ -115,11 +122,11 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
 
 
 def report(config: EvalConfig, runs: Path) -> None:
-    from symbiotic.studies.report import write_report  # type: ignore[import-untyped,unused-ignore]
+    from symbiotic.studies.report import write_report
 
     folder = Path(config.report) if config.report is not None else runs / "report"
-    for path in write_report(runs, config.study, config.factors, folder, config):
-        print(path)
+    written = write_report(runs, config.study, config.factors, folder, config)
+    print("\n".join(map(str, written)))
 
 
 # --------------------------------------------------------------------------- the table
