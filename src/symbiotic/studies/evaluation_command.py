@@ -108,7 +108,8 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
 
     torch.set_num_threads(config.threads)
     asked = benchmark_names(config.evaluation, config.only)
-    failed = []
+    failed: list[str] = []
+    said: set[str] = set()  # the same files are missing for every run
     print(f"imports: {time.perf_counter() - start:.1f} s", flush=True)
     for number, run in enumerate(runs, 1):
         print(f"{run}" + (f" ({number} of {len(runs)})" if len(runs) > 1 else ""), flush=True)
@@ -116,7 +117,9 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
         results, seconds = read_results(folder), read_json(folder / SECONDS) or {}
         absent = {key: {n: line for n, line in results[key].items() if n in asked} for key in ("missing", "failed")}
         console.show(table(results))
-        print("\n".join(notes({**results, **absent}, seconds, folder)), flush=True)  # not wrapped: they hold paths
+        lines = [line for line in notes({**results, **absent}, seconds, folder) if line not in said]
+        print("\n".join(lines), flush=True)  # not wrapped: they hold paths
+        said |= {line for line in lines if line.startswith("not measured")}
         failed += [f"{run.name}: {name}: {line}" for name, line in absent["failed"].items()]
     return failed
 
