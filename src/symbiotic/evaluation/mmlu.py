@@ -46,7 +46,7 @@ def read_mmlu(folder: str | Path, split: str, subjects: tuple[str, ...] = ()) ->
     """
     found: dict[str, list[Question]] = {}
     problems: list[str] = []
-    for path in mmlu_files(folder, split):
+    for path in mmlu_files(folder, split, *subjects[:1]):
         if subjects and path.suffix == ".csv" and _subject(path) not in subjects:
             continue
         for item in _questions(path):
@@ -60,8 +60,11 @@ def read_mmlu(folder: str | Path, split: str, subjects: tuple[str, ...] = ()) ->
     return [question for subject in subjects or sorted(found) for question in found[subject]], problems
 
 
-def mmlu_files(folder: str | Path, split: str) -> list[Path]:
-    """The files of a split in whichever layout the folder has.
+def mmlu_files(folder: str | Path, split: str, subject: str = "*") -> list[Path]:
+    """The files of a split, of all subjects, in whichever layout the folder has.
+
+    Args:
+        subject: what the message asks for.
 
     Raises:
         DataError: there is none.
@@ -73,7 +76,8 @@ def mmlu_files(folder: str | Path, split: str) -> list[Path]:
         found = sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
         if found:
             return found
-    raise DataError(f"{folder}: no file *_{split}.csv, in it or in {split}/, and no {name}-*.parquet, in it or in all/")
+    places = f"in it or in {split}/, and no {name}-*.parquet, in it or in all/"
+    raise DataError(f"{folder}: no file {subject}_{split}.csv, {places}")
 
 
 def _name(path: Path) -> str:
