@@ -20,11 +20,11 @@ from symbiotic.studies.report_document import (
     Gallery,
     Items,
     Row,
+    Said,
     Section,
     Table,
     Terms,
     Text,
-    Verdict,
     Verdicts,
 )
 from symbiotic.studies.report_html import TEMPLATES, html, markdown, plain_markdown
@@ -110,7 +110,7 @@ BLOCKS: list[Block] = [
     Items([HOSTILE]),
     Terms({HOSTILE: HOSTILE}),
     Code(HOSTILE),
-    Verdicts([Verdict("not supported", HOSTILE), Verdict("undecided", "b")]),
+    Verdicts([Said("not supported", HOSTILE, HOSTILE), Said("undecided", "b", "c")]),
     Folded(HOSTILE, [Table("inner", [Column("a")], [Row("b", [])])]),
 ]  # fmt: skip
 

@@ -16,19 +16,72 @@ import numpy as np
 
 from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.names import metric
-from symbiotic.runs import replace_with
+from symbiotic.runs import read_json, replace_with
+from symbiotic.schema import EvalConfig, RunError
 from symbiotic.studies import report_html
-from symbiotic.studies.report_data import ArmData, RunData, StudyData
+from symbiotic.studies.audit import audit_runs
+from symbiotic.studies.evaluate import RESULTS, evaluation_folder, read_results
+from symbiotic.studies.report_audit import audit_blocks
+from symbiotic.studies.report_data import ArmData, StudyData
 from symbiotic.studies.report_document import Document, Figure, Gallery
 from symbiotic.studies.report_figures import gallery_pixels
-from symbiotic.studies.report_sections import config_hash, protocol_hash
+from symbiotic.studies.report_sections import config_hash, document, protocol_hash
 from symbiotic.studies.report_style import Look, montage, png
+from symbiotic.studies.runs_of import Run
+from symbiotic.studies.study import Study, read_study
 
 COLUMNS = (
     "arm", "seed", "step", "source", "score", "value", "n", "low", "high", "chance", "better", "protocol", "code",
     "commit", "data", "config",
 )  # fmt: skip
 """Of results.csv. source: `anchor`, `training` (measured while it ran) or `evaluation`."""
+
+
+def write_report(
+    runs: Path, study: str, factors: Sequence[str] | None, folder: Path, evaluation: EvalConfig | None
+) -> list[Path]:
+    """Audit, compare, write; returns the files.
+
+    Args:
+        runs: every finished run below it. study: an option of `conf/study`. factors: instead of the study's.
+        evaluation: what the runs were evaluated with. None, or one with `evaluate=false`: whatever was evaluated.
+
+    Raises:
+        ConfigError, AuditError, RunError: a study or runs that cannot be compared; nothing is written then.
+    """
+    return report_of(read_study(study), runs, folder, factors, evaluation)
+
+
+def report_of(
+    study: Study,
+    runs: Path,
+    folder: Path,
+    factors: Sequence[str] | None = None,
+    evaluation: EvalConfig | None = None,
+) -> list[Path]:
+    """`write_report` of a study that was read."""
+    audit = audit_runs(runs, study, factors, lambda run: evaluation_of(run, evaluation))
+    data = StudyData.of(audit)
+    made = document(data, audit_blocks(audit), command_of(runs, study.name, factors, folder), date_of(data))
+    return write_files(data, made, folder)
+
+
+def evaluation_of(run: Path, evaluation: EvalConfig | None) -> Path | None:
+    """The folder of a run's evaluation: that of this config; without one, the only one of the weights it ended with.
+
+    Raises:
+        RunError: several, and nothing says which.
+    """
+    if evaluation is not None and evaluation.evaluate:
+        folder = evaluation_folder(evaluation, run)
+        return folder if (folder / RESULTS).is_file() else None
+    last = (read_json(run / "summary.json") or {}).get("steps")
+    found = [path.parent for path in sorted((run / "evaluation").glob(f"*/{RESULTS}"))]
+    found = [path for path in found if ((r := read_results(path)).get("step"), r.get("ema")) == (last, False)]
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise RunError(f"{run / 'evaluation'}: several evaluations of its last step ({names}); keep one of them")
+    return found[0] if found else None
 
 
 def write_files(study: StudyData, made: Document, folder: Path) -> list[Path]:
@@ -78,7 +131,7 @@ def results_csv(study: StudyData) -> str:
     return str(pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n"))
 
 
-def rows_of(arm: ArmData, run: RunData) -> list[dict[str, Any]]:
+def rows_of(arm: ArmData, run: Run) -> list[dict[str, Any]]:
     summary, made = run.summary, run.summary["provenance"]
     facts = {"arm": arm.name, "seed": run.seed, "code": made["code"], "commit": made["commit"]}
     facts |= {"data": summary["data"], "config": config_hash(run)}
@@ -86,10 +139,12 @@ def rows_of(arm: ArmData, run: RunData) -> list[dict[str, Any]]:
     for anchor, scores in summary["anchors"].items():
         rows += [{"step": anchor, "source": "anchor", "score": name, "value": v} for name, v in scores.items()]
     evaluated = run.results.get("scores", {})
-    for step, name, value in run.in_loop:
-        rows.append({"step": step, "source": "training", "score": name, "value": value, "n": None})
-        if step == summary["steps"]:
-            rows[-1]["n"] = summary["n"].get(name)
+    for step, scores in sorted(run.scores.items()):
+        n = summary["n"] if step == run.last else {}
+        rows += [
+            {"step": step, "source": "training", "score": name, "value": value, "n": n.get(name)}
+            for name, value in scores.items()
+        ]
     for name, score in evaluated.items():
         numbers = {key: score.get(key) for key in ("value", "n", "low", "high")}
         rows.append(

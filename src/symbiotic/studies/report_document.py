@@ -102,16 +102,17 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """status: `supported`, `not supported`, `undecided`, or why there is none."""
+class Said:
+    """A verdict: `supported`, `not supported` or `undecided`; the claim, and what the verdict rests on."""
 
     status: str
+    claim: str
     line: str
 
 
 @dataclass(frozen=True)
 class Verdicts:
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[Said]
     block: str = field(default="verdicts", init=False)
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
 from symbiotic.data.errors import DataError
 from symbiotic.evaluation.images import image_facts
-from symbiotic.evaluation.names import METRICS, metric
+from symbiotic.evaluation.names import metric
 from symbiotic.runs import digest
 from symbiotic.studies import report_figures as figures
 from symbiotic.studies import report_tables as tables
 from symbiotic.studies.curves import KIND_NAMES
-from symbiotic.studies.report_data import ArmData, RunData, StudyData
+from symbiotic.studies.report_data import ArmData, StudyData, is_part
 from symbiotic.studies.report_document import (
     Block,
     Cell,
@@ -24,19 +26,24 @@ from symbiotic.studies.report_document import (
     Gallery,
     Items,
     Row,
+    Said,
     Section,
     Table,
     Terms,
     Text,
-    Verdict,
     Verdicts,
 )
 from symbiotic.studies.report_style import Picture, swatch
 from symbiotic.studies.report_tables import number
+from symbiotic.studies.runs_of import Run
+from symbiotic.studies.verdicts import Status
 
 SIDES = ("understanding", "generation")
 HEADLINES = ("knowledge_unreplayed", "reading", "embedded_acc")
 """Scores of the summary, where no official one was measured."""
+
+FEW = 4
+"""Problems that the summary names."""
 
 SHOWN = 8
 """Generated images of each arm."""
@@ -52,7 +59,7 @@ def document(study: StudyData, audit: Sequence[Block], command: str, date: str) 
     pictures = {arm.name: swatch(arm.look, arm.name) for arm in study.arms}
     drawn = [draw(arm) for arm in study.arms]
     sections = [
-        Section("summary", "Summary", [Text(summary(study), loud=True)]),
+        Section("summary", "Summary", [Text([summary(study)], loud=True), *absent(study)]),
         Section("verdicts", "Verdicts", verdicts(study)),
         Section("results", "Results", results(study, pictures)),
         Section("forgetting", "Forgetting and interference", forgetting(study, drawn, pictures)),
@@ -70,23 +77,16 @@ def document(study: StudyData, audit: Sequence[Block], command: str, date: str) 
 
 def draw(arm: ArmData) -> figures.Drawn:
     """The arm as the figures need it."""
-    names = dict.fromkeys(name for run in arm.runs for name in run.series)
-    kept = [name for name in names if arm.generates or metric(name).side != "generation"]
     logged = dict.fromkeys(name for run in arm.runs for name in run.metrics)
-    starts = {anchor: {name: list(arm.anchor(anchor, name).values()) for name in kept} for anchor in figures.ANCHORS}
-    return figures.Drawn(
-        arm.name,
-        arm.look,
-        {name: [run.series[name] for run in arm.runs if name in run.series] for name in kept},
-        {name: [run.metrics[name] for run in arm.runs if name in run.metrics] for name in logged},
-        starts,
-    )
+    metrics = {name: [run.metrics[name] for run in arm.runs if name in run.metrics] for name in logged}
+    starts = {a: {name: list(arm.anchor(a, name).values()) for name in arm.scores} for a in figures.ANCHORS}
+    return figures.Drawn(arm.name, arm.look, arm.scores, metrics, starts)
 
 
 # --------------------------------------------------------------------------- the first two minutes
 
 
-def summary(study: StudyData) -> list[str]:
+def summary(study: StudyData) -> str:
     """What was compared, how the hypotheses fared, where the headline scores end, what is missing."""
     seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
     compared = f"{counted(len(study.arms), 'arm')}, {counted(len(study.runs), 'run')} ({seeds}), compared"
@@ -95,19 +95,26 @@ def summary(study: StudyData) -> list[str]:
     if not study.paired:
         said.append("There is one seed: no deviation, no interval, and no verdict.")
     elif study.verdicts:
-        states = [status for status, _ in study.verdicts]
-        tally = [f"{states.count(s)} {s}" for s in dict.fromkeys(states)]
-        said.append(f"Of {counted(len(states), 'hypothesis', 'hypotheses')}: {', '.join(tally)}.")
+        states = [found.status for found in study.verdicts]
+        tally = ", ".join(f"{states.count(status)} {status}" for status in get_args(Status))
+        said.append(f"Of {counted(len(states), 'hypothesis', 'hypotheses')}: {tally}.")
     said += [line for score in headlines(study) if (line := spread(study, score))]
-    absent = dict.fromkeys(
+    lacking = dict.fromkeys(
         name for run in study.runs for key in ("missing", "failed") for name in run.results.get(key, ())
     )
-    if absent:
-        said.append(f"Not measured: {', '.join(absent)} (see the results).")
+    if lacking:
+        said.append(f"Not measured: {', '.join(lacking)} (see the results).")
     marked = [arm.name for arm in study.arms if arm.intervened]
     if marked:
         said.append(f"In {', '.join(marked)} the collapse alarm changed the training.")
-    return [" ".join(said), *study.problems]
+    return " ".join(said)
+
+
+def absent(study: StudyData) -> list[Block]:
+    """The first lines of what the audit misses."""
+    more = len(study.problems) - FEW
+    lines = [*study.problems[:FEW], *([f"and {more} more: see the audit"] if more > 0 else [])]
+    return [Items(lines)] if lines else []
 
 
 def counted(n: int, one: str, many: str = "") -> str:
@@ -140,9 +147,11 @@ def verdicts(study: StudyData) -> list[Block]:
         why = "The study states no hypothesis." if study.paired else "One seed: there is no interval, so no verdict."
         return [Text([why])]
     note = (
-        "A hypothesis is supported where the 95 % interval of its difference, paired by seed, lies beyond its margin."
+        "Supported: the whole 95 % t interval over seeds lies beyond the margin. Not supported: all of it lies on the "
+        "other side. Undecided: anything else. p is against the margin; Holm's is adjusted for all hypotheses."
     )
-    return [Verdicts([Verdict(status, line) for status, line in study.verdicts]), Text([note])]
+    said = [Said(v.status, v.hypothesis.claim, v.line.removeprefix(f"{v.hypothesis.claim}: ")) for v in study.verdicts]
+    return [Verdicts(said), Text([note])]
 
 
 # --------------------------------------------------------------------------- results
@@ -154,8 +163,8 @@ def results(study: StudyData, pictures: Mapping[str, Picture]) -> list[Block]:
     blocks: list[Block] = [table for table in made if table is not None]
     if any(not arm.generates for arm in arms):
         blocks.append(Text(["– : not trained to generate images, so image scores say nothing."]))
-    absent = tables.unmeasured_table(arms)
-    blocks += [absent] if absent else []
+    unmeasured = tables.unmeasured_table(arms)
+    blocks += [unmeasured] if unmeasured else []
     blocks.append(Text([NOT_OFFICIAL]))
     scores = [name for side in SIDES for name in tables.scores_of(arms, side)]
     if study.paired and found:
@@ -202,7 +211,7 @@ def forgetting(study: StudyData, drawn: Sequence[figures.Drawn], pictures: Mappi
 
 
 def curves(drawn: Sequence[figures.Drawn]) -> list[Block]:
-    names = dict.fromkeys(name for arm in drawn for name in arm.scores if "/" not in name or name in METRICS)
+    names = dict.fromkeys(name for arm in drawn for name in arm.scores if not is_part(name))
     order = [name for side in SIDES for name in sorted(names, key=tables.place) if metric(name).side == side]
     panels = [p for name in order if (p := figures.score_panel(drawn, name))]
     if not panels:
@@ -268,7 +277,7 @@ def samples(study: StudyData) -> list[Block]:
     return shown("samples", f"Generated images, first seed. {text}", panels, False) or [Text(["There are no images."])]
 
 
-def prompted(run: RunData) -> dict[str, bytes]:
+def prompted(run: Run) -> dict[str, bytes]:
     """Caption -> PNG, of the first images of the first set that the evaluation generated."""
     folders = sorted((run.evaluation / "images").glob("*/")) if run.evaluation is not None else []
     found: dict[str, bytes] = {}
@@ -305,14 +314,15 @@ def provenance(study: StudyData, command: str) -> list[Block]:
     ]
 
 
-def protocol_hash(run: RunData) -> str:
+def protocol_hash(run: Run) -> str:
     """Of everything that decided the scores beside the model, – where only the training measured."""
     return digest(run.results["protocol"]) if run.results else tables.NONE
 
 
-def config_hash(run: RunData) -> str:
-    found = run.results.get("provenance", {}).get("config")
-    return str(found or (run.folder.name.split("-") + ["", ""])[-2] or tables.NONE)
+def config_hash(run: Run) -> str:
+    """Of what decides the training: as the evaluation says, else as the folder's name does."""
+    named = re.search(r"-([0-9a-f]{8})-seed", run.folder.name)
+    return str(run.results.get("provenance", {}).get("config") or (named[1] if named else tables.NONE))
 
 
 def glossary(study: StudyData) -> list[Block]:

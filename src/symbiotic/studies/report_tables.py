@@ -11,10 +11,12 @@ from symbiotic.evaluation.names import METRICS, Metric, metric
 from symbiotic.layout import pool_sizes, visible_pools
 from symbiotic.schema import Model, System, parse
 from symbiotic.studies.curves import KIND_NAMES
-from symbiotic.studies.report_data import ArmData, Comparison, Pair, RunData, Seeds
+from symbiotic.studies.report_data import ArmData, Pair, is_part
 from symbiotic.studies.report_document import Cell, Column, Row, Table
 from symbiotic.studies.report_figures import arrow
 from symbiotic.studies.report_style import Picture
+from symbiotic.studies.runs_of import Run
+from symbiotic.studies.statistics import Comparison, Seeds
 
 NONE = "–"
 
@@ -51,8 +53,8 @@ def scores_of(arms: Sequence[ArmData], side: str, parts: bool = False) -> list[s
 
     parts: instead, those of parts of a benchmark (`mmlu/anatomy`).
     """
-    found = dict.fromkeys(name for arm in arms for run in arm.runs for name in run.series)
-    wanted = [n for n in found if metric(n).side == side and ("/" in n and n not in METRICS) == parts]
+    found = dict.fromkeys(name for arm in arms for name in arm.scores)
+    wanted = [n for n in found if metric(n).side == side and is_part(n) == parts]
     return sorted(wanted, key=place)
 
 
@@ -74,7 +76,7 @@ def score_column(name: str, samples: Iterable[int]) -> Column:
 
 
 def title(name: str, facts: Metric) -> str:
-    return facts.title if name in METRICS or "/" not in name else f"{facts.title}: {name.split('/', 1)[1]}"
+    return facts.title if not is_part(name) else f"{facts.title}: {name.split('/', 1)[1]}"
 
 
 def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str]) -> list[Row]:
@@ -91,7 +93,7 @@ def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str]) -> list[Row]:
                 else:
                     group[0].append(arm.name)
                     for score in scores:
-                        group[1][score] |= values[score]
+                        group[1][score] = {**group[1][score], **values[score]}
         for names, merged in groups:
             cells = [Cell(mean_sd(list(merged[score].values()), metric(score).digits)) for score in scores]
             rows.append(Row(name, cells, "anchor", "" if len(groups) == 1 else f"of {', '.join(names)}"))
@@ -133,9 +135,13 @@ def main_table(
         cells = []
         for score in scores:
             digits, found = metric(score).digits, differences.get((arm.name, score))
-            text = mean_sd(list(arm.values(score, step).values()), digits)
-            note = "reference" if arm.name == reference and text != NONE else difference(found, digits)
-            cells.append(Cell(text, note, found is not None and found.sure))
+            values = list(arm.values(score, step).values())
+            notes = ["reference" if arm.name == reference and values else difference(found, digits)]
+            own = arm.resampled(score) if values else None
+            notes += [f"resampled {number(own[0], digits)} to {number(own[1], digits)}"] if own else []
+            cells.append(
+                Cell(mean_sd(values, digits), "; ".join(filter(None, notes)), found is not None and found.sure)
+            )
         rows.append(arm_row(arm, cells, pictures))
     columns = [score_column(score, {n for arm in arms for n in arm.samples(score)}) for score in scores]
     alone = all(len(arm.runs) == 1 for arm in arms)
@@ -279,7 +285,7 @@ def judges_table(arms: Sequence[ArmData]) -> Table | None:
     return Table(caption, [Column("judge"), Column("accuracy or cosine")], rows) if rows else None
 
 
-def judges(run: RunData) -> Mapping[str, float]:
+def judges(run: Run) -> Mapping[str, float]:
     return run.results.get("judges") or run.summary.get("judges") or {}
 
 
@@ -292,7 +298,7 @@ def spread(values: Sequence[float]) -> str:
 # --------------------------------------------------------------------------- heat maps
 
 
-def heatmap(run: RunData) -> tuple[Path, dict[str, list[bool]], dict[str, int]] | None:
+def heatmap(run: Run) -> tuple[Path, dict[str, list[bool]], dict[str, int]] | None:
     """The last counts of a run, which experts each kind may use, and the pools; None where nothing was counted."""
     files = sorted((run.folder / "routing").glob("step=*.npz"))
     if not files:

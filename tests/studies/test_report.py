@@ -1,0 +1,235 @@
+"""The report of a study: what stands in it, where the numbers come from, and that the same runs give the same bytes."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from studies.studied import CAPTIONS, MADE, STEPS, N, copied, write_run, write_study
+from studies.test_report_pages import Page, faults
+from symbiotic.callbacks.in_loop_evaluation import read_scores
+from symbiotic.runs import digest, read_json, write_json
+from symbiotic.schema import RunError
+from symbiotic.studies.report import COLUMNS, report_of, write_report
+from symbiotic.studies.study import Study, study_of
+
+HOSTILE = "<b>|x"
+BETWEEN = {"arm": HOSTILE, "against": "standard"}
+STUDY = {
+    "name": "made_up", "question": "Does <i>anything</i> | differ?", "experiment": "smoke", "seeds": [0, 1, 2],
+    "reference": "standard", "factors": ["system", "phases", "mix"],
+    "arms": {HOSTILE: [], "standard": ["system=standard_moe", "phases=none"], "und": ["mix=und_only"]},
+    "hypotheses": [
+        {"claim": "it knows more", "metric": "knowledge_unreplayed", "expect": "higher", **BETWEEN},
+        {"claim": "it reads worse", "metric": "reading", "expect": "lower", **BETWEEN},
+    ],
+}  # fmt: skip
+SECTIONS = ("summary", "verdicts", "results", "forgetting", "curves", "routing", "samples", "audit", "provenance")
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return study_of({"study": STUDY})
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_study(tmp_path_factory.mktemp("study") / "made_up", seeds=(0, 1, 2))
+
+
+@pytest.fixture(scope="module")
+def report(study: Study, runs: Path) -> Path:
+    folder = runs.parent / "report"
+    report_of(study, runs, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(report: Path) -> str:
+    return (report / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def markdown(report: Path) -> str:
+    return (report / "report.md").read_text()
+
+
+def section(text: str, title: str) -> str:
+    """Of the Markdown."""
+    return text.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_page_is_one_whole_accessible_file_with_its_sections(page: str) -> None:
+    assert faults(page) == []
+    ids = {attributes["id"] for attributes in Page(page).of("section")}
+    assert ids == {*SECTIONS, "glossary"}
+
+
+def test_names_of_arms_and_captions_are_escaped(page: str, markdown: str) -> None:
+    assert HOSTILE not in page
+    assert "&lt;b&gt;|x" in page
+    assert "<b>on</b>" not in page
+    assert HOSTILE not in markdown
+    rows = [line for line in markdown.splitlines() if line.startswith(r"| &lt;b&gt;\|x")]
+    assert len(rows) >= 5
+
+
+def test_the_tables_of_the_markdown_are_well_formed(markdown: str) -> None:
+    tables = re.findall(r"(?:^\|.*\n)+", markdown, flags=re.MULTILINE)
+    assert len(tables) >= 10
+    for table in tables:
+        cells = [len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()]
+        assert set(cells) == {cells[0]}
+        assert re.fullmatch(r"\|( (---|---:) \|)+", table.splitlines()[1])
+
+
+def test_every_figure_that_is_linked_is_there_and_holds_a_picture(report: Path, markdown: str) -> None:
+    linked = re.findall(r"\]\((figures/[\w-]+\.png)\)", markdown)
+    assert {Path(name).stem for name in linked} == {
+        "forgetting", "frontier", "curves", "routing", "experts", "leak", "conflict", "samples",
+    }  # fmt: skip
+    assert sorted(linked) == sorted(f"figures/{path.name}" for path in (report / "figures").iterdir())
+    for name in linked:
+        with Image.open(report / name) as image:
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20
+            assert not {"date", "Software", "Creation Time"} & set(image.info)
+
+
+def test_the_numbers_of_the_main_table_by_hand(runs: Path, markdown: str) -> None:
+    values = {arm: [scored(runs, arm, seed)["reading"] for seed in (0, 1, 2)] for arm in ("symbiotic", "standard_moe")}
+    mean = sum(values["symbiotic"]) / 3
+    sd = math.sqrt(sum((value - mean) ** 2 for value in values["symbiotic"]) / 2)
+    row = next(line for line in section(markdown, "Results").splitlines() if line.startswith(r"| &lt;b&gt;\|x"))
+    assert f"{mean:.3f} ± {sd:.3f}" in row
+    anchors = [
+        line.split(" | ")[0]
+        for line in section(markdown, "Results").splitlines()
+        if "stage 0" in line or "iteration 0" in line
+    ]
+    assert anchors[:2] == ["| stage 0", "| iteration 0<br><sub>of &lt;b&gt;\\|x</sub>"]
+
+
+def evaluated(runs: Path, arm: str, seed: int) -> dict[str, Any]:
+    return read_json(next(runs.glob(f"{arm}-0a1b2c3d-seed{seed}/evaluation/*/results.json")))
+
+
+def scored(runs: Path, arm: str, seed: int) -> dict[str, float]:
+    return {name: score["value"] for name, score in evaluated(runs, arm, seed)["scores"].items()}
+
+
+def test_image_scores_of_an_arm_that_makes_no_images_are_dashes(markdown: str) -> None:
+    generation = section(markdown, "Results").split("*Generation")[1]
+    row = next(line for line in generation.splitlines() if line.startswith("| und"))
+    assert re.findall(r"\| ([^|]*) ", row.split("</sub>", 1)[1]) == ["–"] * 3
+
+
+def test_verdicts_stand_above_the_evidence_and_in_the_summary(markdown: str) -> None:
+    verdicts = section(markdown, "Verdicts")
+    assert re.search(r"\*\*supported\*\*: it knows more<br><sub>knowledge, not replayed of .* \+0\.0550 ", verdicts)
+    assert "**not supported**: it reads worse" in verdicts
+    assert "Of 2 hypotheses: 1 supported, 1 not supported, 0 undecided." in section(markdown, "Summary")
+
+
+def test_what_was_not_measured_says_which_file_and_where(page: str, markdown: str) -> None:
+    rows = section(markdown, "Results")
+    assert "| fid | not measured | coco/captions_val2014.json: no such file; looked for" in rows
+    assert "| mmlu | failed | anatomy_test.csv: line 3: the answer must be A, B, C or D, not E | 9 |" in rows
+    assert "reading: image 7: not a readable image (9 runs)" in rows
+    assert "Not measured: fid, mmlu" in section(markdown, "Summary")
+    assert "SYMBIOTIC_ASSETS/coco" in page
+
+
+def test_the_judges_and_the_glossary_stand_beside_the_scores(markdown: str) -> None:
+    assert "| classifier | 0.980 |" in section(markdown, "Results")
+    terms = section(markdown, "What the scores are")
+    assert "**knowledge, not replayed (knowledge_unreplayed)**" in terms
+    assert "chance 0.25; n 40." in terms
+    assert "none of them is MMLU, OCRBench, CLIP score or FID" in terms
+
+
+def test_images_stand_beside_their_captions(page: str) -> None:
+    images = [a for a in Page(page).of("img") if a["alt"].endswith(CAPTIONS[1])]
+    assert [a["alt"] for a in images] == [f"{HOSTILE}: {CAPTIONS[1]}", f"standard: {CAPTIONS[1]}"]
+
+
+def test_the_audit_lists_keys_costs_and_provenance(markdown: str) -> None:
+    audit, origin = section(markdown, "Audit"), section(markdown, "Provenance")
+    assert re.search(r"\| system\.name<br><sub>architecture</sub> \| system \| standard_moe \| symbiotic \|", audit)
+    assert re.search(r"\| und \|( [\d,.]+ \|){12,}", audit)
+    assert "python src/eval.py runs=" in origin
+    assert origin.count("-0a1b2c3d-seed") == 9
+    assert MADE["commit"] in origin
+
+
+def test_the_csv_holds_every_number_of_the_runs(runs: Path, report: Path) -> None:
+    table = pd.read_csv(report / "results.csv")
+    assert tuple(table.columns) == COLUMNS
+    assert set(table.arm) == {HOSTILE, "standard", "und"}
+    one = table[(table.arm == "standard") & (table.seed == 1)]
+    trained = {(row.step, row.score): row.value for row in one[one.source == "training"].itertuples()}
+    folder = runs / "standard_moe-0a1b2c3d-seed1"
+    scores = read_scores(folder / "scores.jsonl")
+    assert trained == {(str(step), name): value for step in STEPS for name, value in scores[step].items()}
+    evaluation = one[one.source == "evaluation"].set_index("score")
+    assert evaluation.value.to_dict() == scored(runs, "standard_moe", 1)
+    assert evaluation.n.to_dict() == N
+    assert set(evaluation.protocol) == {digest(evaluated(runs, "standard_moe", 1)["protocol"])}
+    assert set(one[one.source == "anchor"].step) == {"stage 0", "iteration 0"}
+    assert set(table.code) == {MADE["code"]}
+
+
+def test_the_same_runs_give_the_same_bytes(study: Study, runs: Path, report: Path) -> None:
+    before = {path: path.read_bytes() for path in report.rglob("*") if path.is_file()}
+    made = report_of(study, runs, report)
+    assert {path: path.read_bytes() for path in made} == before
+
+
+def test_one_seed_has_no_interval_and_no_verdict(study: Study, tmp_path: Path) -> None:
+    root = write_study(tmp_path / "made_up", seeds=(1,))
+    report_of(study_of({"study": STUDY | {"seeds": [1]}}), root, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "There is one seed: no deviation, no interval, and no verdict." in section(text, "Summary")
+    assert "±" not in section(text, "Results")
+    assert "[" not in section(text, "Forgetting and interference").replace("![", "")
+    assert "resampled" in section(text, "Results")
+    assert "**supported**" not in text
+    assert faults((tmp_path / "report" / "report.html").read_text()) == []
+
+
+def test_an_arm_whose_alarm_intervened_is_marked(tmp_path: Path) -> None:
+    root = write_study(tmp_path / "made_up", seeds=(0,))
+    folder = root / "symbiotic-0a1b2c3d-seed0"
+    write_json(folder / "summary.json", read_json(folder / "summary.json") | {"events": {"intervention": 2}})
+    write_report(root, "none", ["system", "phases", "mix"], root / "report", None)
+    text = (root / "report" / "report.md").read_text()
+    assert text.count("⚠ its alarm intervened (seed 0)") >= 3
+    assert "the collapse alarm changed the training" in section(text, "Summary")
+
+
+def test_runs_without_evaluation_logs_and_images_make_a_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "86400")
+    root = tmp_path / "made_up"
+    for seed in (0, 1):
+        folder = write_run(root, "symbiotic", seed, evaluated=False)
+        for name in ("metrics.csv", "routing/step=000020.npz"):
+            (folder / name).unlink()
+    report_of(Study(), root, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "There are no images." in text
+    assert "- date: 1970-01-02\n" in text
+    assert faults((tmp_path / "report" / "report.html").read_text()) == []
+
+
+def test_two_evaluations_of_one_run_are_refused_and_nothing_is_written(runs: Path, tmp_path: Path) -> None:
+    root = copied(runs, tmp_path / "runs")
+    evaluation = next(root.glob("und_only-*-seed0/evaluation/*"))
+    copied(evaluation, evaluation.with_name("step=000020-11111111"))
+    with pytest.raises(RunError, match=r"several evaluations of its last step \(step=000020-0f0f0f0f, step=000020-1"):
+        report_of(Study(), root, tmp_path / "report")
+    assert not (tmp_path / "report").exists()
