@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from symbiotic.data.errors import DataError
 from symbiotic.data.formats import question_parts, reading_parts, render_knowledge_prompt
 from symbiotic.data.packing import Sample, build_sample
 from symbiotic.data.tokenizer import Tokenizer
-from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
+from symbiotic.evaluation.benchmark import Benchmark, Record, Value, mean
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.mmlu import LETTERS, Question, read_mmlu
 from symbiotic.evaluation.ocrbench import Entry, correct, read_ocrbench
-from symbiotic.evaluation.prompts import answers, one_a_row
-from symbiotic.generation.text import last_logits
+from symbiotic.evaluation.prompts import answers, letter_log_probs
 
 MAX_ANSWER_TOKENS = 4
 
@@ -45,9 +43,7 @@ class Knowledge(Benchmark):
 
 def answered(model: nn.Module, questions: Sequence[Question], tokenizer: Tokenizer) -> list[Record]:
     """The letter of highest probability behind each question, and the log-probabilities of all four."""
-    letters = torch.tensor(tokenizer.letters)
-    batch = one_a_row([question_sample(question, tokenizer) for question in questions]).to(device_of(model))
-    scores = last_logits(model, batch)[:, letters.to(batch.tokens.device)].log_softmax(-1).cpu()
+    scores = letter_log_probs(model, [question_sample(question, tokenizer) for question in questions], tokenizer)
     choices = scores.argmax(-1).tolist()
     return [
         {

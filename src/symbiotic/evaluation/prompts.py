@@ -17,7 +17,7 @@ from symbiotic.data.packing import Sample, build_sample, collate
 from symbiotic.data.tokenizer import EOS, Tokenizer
 from symbiotic.evaluation.benchmark import batches, device_of
 from symbiotic.generation.images import needs_unguided, sample_latents, start_noise, to_pixels
-from symbiotic.generation.text import greedy
+from symbiotic.generation.text import greedy, last_logits
 from symbiotic.models.batch import Batch
 from symbiotic.schema import Objective
 
@@ -39,6 +39,13 @@ def answers(
         tokens = greedy(model, one_a_row(some).to(device_of(model)), EOS, max_new_tokens)
         decoded += [tokenizer.decode(row) for row in tokens]
     return decoded
+
+
+def letter_log_probs(model: nn.Module, samples: Sequence[Sample], tokenizer: Tokenizer) -> Tensor:
+    """[n, 4] log-probabilities of the four answer letters behind each prompt, among these four; on the CPU."""
+    batch = one_a_row(samples).to(device_of(model))
+    letters = torch.tensor(tokenizer.letters, device=batch.tokens.device)
+    return last_logits(model, batch)[:, letters].log_softmax(-1).cpu()
 
 
 def caption_samples(

@@ -15,7 +15,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from symbiotic.studies.inspection_inputs import PATCH, Token
+from symbiotic.studies.inputs import PATCH
+from symbiotic.studies.inspection_inputs import Token
 from symbiotic.studies.inspection_text import decimal
 from symbiotic.studies.inspection_trace import Inspection, KindSummary, Layer, by_kind
 

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from symbiotic.data.errors import DataError
 from symbiotic.data.formats import question_parts, reading_parts
 from symbiotic.data.packing import Array, Sample, build_sample
-from symbiotic.data.tokenizer import UNK, Tokenizer
+from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import measuring
 from symbiotic.evaluation.captions import read_captions
-from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.prompts import caption_samples, one_a_row, pictures
 from symbiotic.generation.images import start_noise
 from symbiotic.models.batch import VAE, VIT, Batch
@@ -25,8 +23,6 @@ from symbiotic.schema import KINDS, Config
 
 if TYPE_CHECKING:
     from symbiotic.studies.inspection import Request
-
-PATCH = 4  # pixels a side, as in `data.packing`
 
 
 @dataclass(frozen=True)
@@ -40,20 +36,6 @@ class Token:
 
 
 # --------------------------------------------------------------------------- the sequence
-
-
-def fitting(path: str, max_grid: int) -> Array:
-    """The pixels of an image that the model can take: uint8 [H, W, 3].
-
-    Raises:
-        DataError: unreadable, or of a size that it cannot take.
-    """
-    pixels = load_image(path)
-    height, width = pixels.shape[:2]
-    if height % PATCH or width % PATCH or max(height, width) > PATCH * max_grid:
-        right = f"sides must be multiples of {PATCH} and at most {PATCH * max_grid} pixels (model.max_grid={max_grid})"
-        raise DataError(f"{path}: {height} x {width} pixels; {right}")
-    return pixels
 
 
 def reading_sample(prompt: str, pixels: Array | None, tokenizer: Tokenizer) -> Sample:
@@ -88,10 +70,3 @@ def tokens_of(batch: Batch, tokenizer: Tokenizer) -> list[Token]:
         else:
             found.append(Token(place, str(tokenizer.inner.id_to_token(number)), KINDS[kind], None))
     return found
-
-
-def unknown_words(prompt: str, tokenizer: Tokenizer) -> list[str]:
-    """Words of the prompt that the corpus does not have."""
-    encoded = tokenizer.inner.encode(prompt, add_special_tokens=False)
-    spans = zip(encoded.ids, encoded.offsets, strict=True)
-    return list(dict.fromkeys(prompt[start:end] for number, (start, end) in spans if number == UNK))

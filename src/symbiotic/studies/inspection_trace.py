@@ -24,6 +24,7 @@ from symbiotic.models.moe import LayerTrace
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.schema import KINDS, Config, ConfigError
 from symbiotic.studies import inspection_inputs as inputs
+from symbiotic.studies.inputs import fitting, unknown_words
 from symbiotic.studies.inspection_inputs import Token
 from symbiotic.trained import load_model, open_run, weights_file
 
@@ -95,7 +96,7 @@ def trace(request: Request) -> Inspection:
     names = [f"{pool}{i}" for pool, size in sizes.items() for i in range(size)]
     tokens = inputs.tokens_of(batch, tokenizer)
     inspection = Inspection(facts(request, config, opened.weights), tokens, names, sizes, layers, dense, picture)
-    inspection.notes = notes(inspection, inputs.unknown_words(request.prompt, tokenizer))
+    inspection.notes = notes(inspection, unknown_words(request.prompt, tokenizer))
     return inspection
 
 
@@ -103,7 +104,7 @@ def sequence(
     request: Request, config: Config, model: UnifiedModel, corpus: Path, tokenizer: Tokenizer
 ) -> tuple[Batch, Array | None]:
     """The batch of one sample, and its image if it has one."""
-    pixels = None if request.image is None else inputs.fitting(request.image, config.model.max_grid)
+    pixels = None if request.image is None else fitting(request.image, config.model.max_grid)
     if request.task == "understanding":
         return one_a_row([inputs.reading_sample(request.prompt, pixels, tokenizer)]), pixels
     if not model.latents:

@@ -72,11 +72,14 @@ def check_device(device: str) -> None:
         raise ConfigError(f"device={device}: must be cpu, cuda, mps or xpu, or one of several, as in cuda:1")
 
 
-def check_weights_choice(checkpoint: str | None, step: int | None) -> None:
+def check_weights_choice(checkpoint: str | None, step: int | None, ema: bool = False) -> None:
     if step is not None and step < 0:
         raise ConfigError(f"step={step}: must be at least 0")
     if checkpoint is not None and step is not None:
         raise ConfigError(f"step={step}: the weights are chosen already, by checkpoint={checkpoint}")
+    if ema and (checkpoint is not None or step is not None):
+        other = f"step={step}" if checkpoint is None else f"checkpoint={checkpoint}"
+        raise ConfigError(f"ema=true: the weights are chosen already, by {other}")
 
 
 def command(usage: str, act: Callable[[Sequence[str]], object], arguments: Sequence[str] | None = None) -> int:
