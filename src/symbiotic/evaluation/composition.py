@@ -98,9 +98,11 @@ class Composition(Benchmark):
         context.files += [str(path.relative_to(context.folder)) for path in files]
         yield from self.scores(context.measured(self.name, self.results(prompts, files), list))
 
-    def not_yet(self, results: Path, folder: Path, how: str) -> MissingAsset:
-        """The line about an export that waits for its evaluator. how: its command line."""
-        return MissingAsset(f"{results}: no such file yet; the images lie in {folder}; {how}; then evaluate again")
+    def not_yet(self, results: str, folder: Path, how: str) -> MissingAsset:
+        """The line about an export that waits for its evaluator. results: in the folder. how: a command on $EXPORT."""
+        return MissingAsset(
+            f"no {results} in EXPORT={folder}, where the images lie: {how} writes it; then evaluate again"
+        )
 
 
 # --------------------------------------------------------------------------- files

@@ -23,7 +23,7 @@ from symbiotic.evaluation.assets import asset
 from symbiotic.evaluation.benchmark import MissingAsset, Record, Value, mean
 from symbiotic.evaluation.composition import Composition, Prompt, in_order, read_text
 from symbiotic.evaluation.context import Context, Gallery
-from symbiotic.evaluation.images import image_facts, save_image
+from symbiotic.evaluation.images import image_facts, load_image, save_image
 
 KEY = "evaluation.benchmarks.dpg_bench"
 PROMPTS_FROM = "its authors publish them as dpg_bench/prompts/*.txt in TencentQQGYLab/ELLA"
@@ -79,10 +79,9 @@ class DPGBench(Composition):
         if len(found) > 1:
             raise DataError(f"{folder}: {', '.join(p.name for p in found)}: which one? leave the one that counts")
         if not found:
-            side = image_side(folder / f"{prompts[0].id}.png")
-            command = f"dpg_bench/compute_dpg_bench.py --image-root-path {folder} --resolution {side} --pic-num 4"
-            path = folder / "results.txt"
-            raise self.not_yet(path, folder, f"DPG-Bench judges them: {command} --res-path {path}")
+            side = load_image(folder / f"{prompts[0].id}.png").shape[1] // 2
+            command = f"compute_dpg_bench.py --image-root-path $EXPORT --resolution {side} --pic-num {self.images}"
+            raise self.not_yet("results.txt", folder, f"DPG-Bench's {command} --res-path $EXPORT/results.txt")
         return found
 
     def results(self, prompts: Sequence[Prompt], files: Sequence[Path]) -> list[Record]:
@@ -103,13 +102,6 @@ def read_prompt(path: Path) -> Prompt:
     if "." in path.stem:
         raise DataError(f"{path.name}: the evaluator reads names up to the first point; rename it")
     return Prompt(path.stem, text)
-
-
-def image_side(grid: Path) -> int:
-    from PIL import Image
-
-    with Image.open(grid) as image:
-        return image.width // 2
 
 
 def read_results(path: Path, prompts: Sequence[str]) -> list[Record]:

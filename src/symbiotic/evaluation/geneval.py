@@ -69,8 +69,8 @@ class GenEval(Composition):
     def result_files(self, prompts: Sequence[Prompt], folder: Path) -> list[Path]:
         path = folder / "results.jsonl"
         if not path.is_file():
-            command = f"python evaluation/evaluate_images.py {folder} --outfile {path} --model-path DETECTOR"
-            raise self.not_yet(path, folder, f"GenEval judges them: {command}")
+            command = "evaluate_images.py $EXPORT --outfile $EXPORT/results.jsonl --model-path DETECTOR"
+            raise self.not_yet(path.name, folder, f"GenEval's {command}")
         return [path]
 
     def results(self, prompts: Sequence[Prompt], files: Sequence[Path]) -> list[Record]:

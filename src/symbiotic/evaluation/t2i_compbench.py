@@ -97,8 +97,8 @@ class T2ICompBench(Composition):
         paths = {name: folder / name / JUDGES[name][1] / "vqa_result.json" for name in categories_of(prompts)}
         waiting = [name for name, path in paths.items() if not path.is_file()]
         if waiting:
-            judges = ", ".join(f"{name} by {JUDGES[name][0]}" for name in waiting)
-            raise self.not_yet(paths[waiting[0]], folder, f"T2I-CompBench judges each category's folder: {judges}")
+            judges = ", ".join(f"{JUDGES[name][0]} on $EXPORT/{name}" for name in waiting)
+            raise self.not_yet(str(paths[waiting[0]].relative_to(folder)), folder, f"T2I-CompBench's {judges}")
         return list(paths.values())
 
     def results(self, prompts: Sequence[Prompt], files: Sequence[Path]) -> list[Record]:

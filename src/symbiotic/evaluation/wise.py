@@ -77,8 +77,8 @@ class WISE(Composition):
         results = folder / "Results"
         files = sorted(results.glob("*.jsonl"))
         if not files:
-            command = f"gpt_eval.py --image_dir {folder} --result_scores {results}/NAME.jsonl, once a file of prompts"
-            raise self.not_yet(results / "*.jsonl", folder, f"WISE judges them: {command}")
+            command = "gpt_eval.py --image_dir $EXPORT --result_scores $EXPORT/Results/NAME.jsonl"
+            raise self.not_yet("Results/*.jsonl", folder, f"WISE's {command}, once for each file of prompts,")
         return files
 
     def results(self, prompts: Sequence[Prompt], files: Sequence[Path]) -> list[Record]:
