@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic.evaluation.names import metric
-from symbiotic.schema import Config, ConfigError, parse
+from symbiotic.schema import Config, ConfigError
 from symbiotic.studies.budget import Budget, budget, overhead
 from symbiotic.studies.cells import absent, by_arm, completed, one_per_cell, readable_runs
 from symbiotic.studies.runs_of import MISSING, AuditError, Run, config_keys, listed, plain, text
 from symbiotic.studies.sameness import attach_results, check_provenance, check_results, shared_facts
 from symbiotic.studies.statistics import Answers, Seeds
 from symbiotic.studies.study import Study, covers, find_controls, set_by_ablations, without_generation
+from symbiotic.trained import read_config
 
 GROUPS = {
     "architecture": ("system", "model"),
@@ -140,7 +141,7 @@ def audit_runs(
         Arm(name, tuple(found), controls.get(name), not without_generation(configs[name]))
         for name, found in arms.items()
     )
-    budgets = {name: budget(parse(Config, configs[name]), found) for name, found in arms.items()}
+    budgets = {name: budget(read_config(found[0].folder), found) for name, found in arms.items()}
     base = budgets[str(study.reference)]
     return Audit(
         study=study,

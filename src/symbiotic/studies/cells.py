@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,13 +26,15 @@ from symbiotic.studies.runs_of import (
     training_keys,
 )
 from symbiotic.studies.sameness import VERSIONS
-from symbiotic.studies.study import Study, covered, without_generation
+from symbiotic.studies.study import Study, without_generation
+from symbiotic.trained import read_config
 
 NEEDED = ("code", "commit", *VERSIONS)
+"""Without these of its provenance, a run cannot be compared."""
 
 
 def readable_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """Finished runs with all of their provenance, and a line for each that lacks some.
+    """Finished runs with all of their provenance and a config of this code, and a line for each without.
 
     Raises:
         AuditError: there is none.
@@ -40,11 +44,12 @@ def readable_runs(folder: Path) -> tuple[list[Run], list[str]]:
         try:
             run = read_run(path)
             lacking = lacks(run)
+            read_config(path)
         except RunError as error:
             problems.append(f"left out: {error}")
             continue
         if lacking:
-            problems.append(f"left out: {path}: its summary.json has no {', '.join(lacking)}; run it again")
+            problems.append(f"left out: {path}: it does not say its {', '.join(lacking)}; run it again")
         else:
             runs.append(run)
     if not runs:
@@ -57,42 +62,33 @@ def lacks(run: Run) -> list[str]:
     """What a result must not lack, and this one does."""
     made = run.summary.get("provenance") or {}
     missing = [key for key in NEEDED if not made.get(key)]
-    missing += [key for key in ("data", "seed", "steps", "scores", "n") if run.summary.get(key) is None]
-    return missing + [key for key in ("seed", "system", "mix") if key not in run.config]
+    return missing + [key for key in ("data", "seed", "steps", "scores", "n") if run.summary.get(key) is None]
 
 
 def by_arm(runs: Sequence[Run], study: Study) -> tuple[dict[str, list[Run]], list[str]]:
-    """Arm -> its runs, and a line for every run of no arm or of another seed.
+    """Arm -> its runs, and a line for every run of no arm and every other seed.
 
     Raises:
-        AuditError: no run is of any arm, or one that stands in for a missing run differs in an undeclared key.
+        AuditError: no run is of any arm, or a run of no arm stands where a run of its nearest arm is missing.
     """
     if not study.arms:
         return named_arms(runs), []
     wanted = {name: training_keys(config) for name, config in study.composed.items()}
     found: dict[str, list[Run]] = {name: [] for name in wanted}
-    strangers: list[tuple[Run, str, list[str]]] = []
-    other_seeds: dict[int, int] = {}
+    strangers, other_seeds = [], Counter[int]()
     for run in runs:
-        keys = training_keys(plain(run.config))
-        apart = {name: differing(keys, expected) for name, expected in wanted.items()}
-        nearest = min(apart, key=lambda name: len(apart[name]))
-        if apart[nearest]:
-            strangers.append((run, nearest, apart[nearest]))
+        name, apart = nearest_arm(run, wanted)
+        if apart:
+            strangers.append((run, name, f"{run.folder}: of no arm; nearest is {name}, but {apart}"))
         elif run.seed not in study.seeds:
-            other_seeds[run.seed] = other_seeds.get(run.seed, 0) + 1
+            other_seeds[run.seed] += 1
         else:
-            found[nearest].append(run)
-    lines = []
-    for run, nearest, apart_keys in strangers:
-        mine, theirs = training_keys(plain(run.config)), wanted[nearest]
-        what = listed(f"{k}={text(mine.get(k, MISSING))} (the arm: {text(theirs.get(k, MISSING))})" for k in apart_keys)
-        line = f"{run.folder}: of no arm; nearest is {nearest}, but {what}"
-        if run.seed in study.seeds and run.seed not in [one.seed for one in found[nearest]]:
-            undeclared = [key for key in apart_keys if not covered(key, study.factors)]
-            if undeclared:
-                raise AuditError(f"{line}; run that arm as declared, or declare this one as an arm")
-        lines.append(f"left out: {line}")
+            found[name].append(run)
+    for run, name, line in strangers:
+        if run.seed in study.seeds and run.seed not in [one.seed for one in found[name]]:
+            help_ = "run the arm as declared, declare this one as an arm, or move it away"
+            raise AuditError(f"{line}; and there is no run of {name} with seed {run.seed}: {help_}")
+    lines = [f"left out: {line}" for _, _, line in strangers]
     lines += [
         f"left out: {count} run{'s' * (count > 1)} of seed {seed}, which is none of the study's"
         for seed, count in sorted(other_seeds.items())
@@ -100,6 +96,15 @@ def by_arm(runs: Sequence[Run], study: Study) -> tuple[dict[str, list[Run]], lis
     if not any(found.values()):
         raise AuditError(f"no run is of an arm of the study {study.name}: {lines[0].removeprefix('left out: ')}")
     return {name: made for name, made in found.items() if made}, lines
+
+
+def nearest_arm(run: Run, wanted: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """The arm from which the run differs in the fewest keys, and these in words: none for a run of that arm."""
+    keys = training_keys(plain(run.config))
+    apart = {name: differing(keys, expected) for name, expected in wanted.items()}
+    name = min(apart, key=lambda one: len(apart[one]))
+    given = ((key, keys.get(key, MISSING), wanted[name].get(key, MISSING)) for key in apart[name])
+    return name, listed(f"{key} is {text(own)}, not {text(declared)}" for key, own, declared in given)
 
 
 def one_per_cell(arms: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
@@ -131,33 +136,32 @@ def completed(study: Study, arms: Mapping[str, list[Run]]) -> Study:
 
 
 def absent(folder: Path, study: Study, arms: Mapping[str, list[Run]]) -> list[str]:
-    """A line for every run of the study that is not there, and why where that is known."""
-    halted = stopped(folder)
-    begun: dict[tuple[str, int], str] = {}
-    unknown = []
+    """A line for every run of the study that is not there, why where that is known, and one for every other run that
+    was begun."""
     wanted = {name: training_keys(config) for name, config in study.composed.items()}
     wanted = wanted or {name: training_keys(plain(runs[0].config)) for name, runs in arms.items()}
-    for path in sorted(folder.rglob("config.yaml")):
-        if (path.parent / "summary.json").exists() or (path.parent / "parent.safetensors").exists():
-            continue
-        why = f"stopped by its alarm: {halted[path.parent]}" if path.parent in halted else "unfinished"
+    begun, others = dict[tuple[str, int], str](), []
+    for path, why in unfinished(folder).items():
         try:
-            config = plain(yaml.safe_load(path.read_text(encoding="utf-8")))
+            config = plain(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
             keys, seed = training_keys(config), int(config["seed"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
-            unknown.append(f"left out: {path.parent}: {why}, and its config.yaml cannot be read")
+            others.append(f"left out: {path}: {why}, and its config.yaml cannot be read")
             continue
         name = next((name for name, expected in wanted.items() if not differing(keys, expected)), None)
         if name is None or seed not in study.seeds:
-            unknown.append(f"left out: {path.parent}: {why}")
+            others.append(f"left out: {path}: {why}")
         else:
-            begun[name, seed] = f"{path.parent} is {why}" if path.parent not in halted else f"{path.parent} {why}"
-    lines = []
-    for name in study.arms or arms:
-        have = {run.seed for run in arms.get(name, ())}
-        lines += [
-            f"missing: {name}, seed {seed}: {begun.get((name, seed), 'no run')}"
-            for seed in study.seeds
-            if seed not in have
-        ]
-    return [*lines, *unknown]
+            begun[name, seed] = f"{path}: {why}"
+    have = {(name, run.seed) for name, runs in arms.items() for run in runs}
+    cells = [(name, seed) for name in study.arms or arms for seed in study.seeds]
+    missing = [cell for cell in cells if cell not in have]
+    return [*(f"missing: {name}, seed {seed}: {begun.get((name, seed), 'no run')}" for name, seed in missing), *others]
+
+
+def unfinished(folder: Path) -> dict[Path, str]:
+    """Folder -> what is known of it, for every run below `folder` without a summary."""
+    halted = stopped(folder)
+    begun = [path.parent for path in sorted(folder.rglob("config.yaml"))]
+    left = [f for f in begun if not (f / "summary.json").exists() and not (f / "parent.safetensors").exists()]
+    return {path: f"stopped by its alarm ({halted[path]})" if path in halted else "unfinished" for path in left}

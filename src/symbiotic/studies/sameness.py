@@ -8,12 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from symbiotic.layout import parent_system
 from symbiotic.runs import digest
-from symbiotic.schema import System, parse
-from symbiotic.studies.runs_of import MISSING, SHOWN, AuditError, Run, differing, listed, plain
+from symbiotic.schema import Config, parse
+from symbiotic.studies.runs_of import MISSING, SHOWN, AuditError, Run, differing, listed
 
 VERSIONS = ("torch", "numpy", "lightning")
+IDENTITY = {
+    "evaluation_code": "evaluation code",
+    "versions": "versions in the evaluation",
+    "sampler": "sampler",
+    "size": "image size",
+    "data": "corpus",
+    "ema": "choice of averaged weights",
+}
+"""Keys of results.json that decide its scores, and what they are called."""
 
 
 def check_provenance(runs: Sequence[Run]) -> None:
@@ -22,24 +30,22 @@ def check_provenance(runs: Sequence[Run]) -> None:
     refuse(runs, "data", lambda run: run.summary["data"])
     for name in VERSIONS:
         refuse(runs, f"{name} version", lambda run, name=name: run.summary["provenance"][name])  # type: ignore[misc]
-    parents: dict[str, list[Run]] = {}
-    for run in runs:
-        parents.setdefault(parent_layout(run), []).append(run)
-    for same in parents.values():
-        refuse(same, "parent, for the same seed and layout,", lambda run: run.summary.get("parent"))
+    for same in with_one_parent(runs):
+        refuse(same, "parent, though seed and stage 0 are the same,", lambda run: run.summary.get("parent"))
     check_samples(runs, lambda run: run.summary["n"])
 
 
-def parent_layout(run: Run) -> str:
-    """Of what the parent of a run depends on beside data and code: runs that agree in it have the same parent."""
-    config = plain(run.config)
-    system = parse(System, config["system"])
-    layout = repr(parent_system(system, config["init"].get("parent_shared")))
-    model = {key: value for key, value in config["model"].items() if key != "gen_fraction"}
-    start = {key: config["init"].get(key) for key in ("stage0", "checkpoint")}
-    sizes = {key: config["data"].get(key) for key in ("samples", "row_tokens", "micro_batches", "source")}
-    rest = [config["rates"].get("optimizer"), config["rates"].get("clip"), config["objective"], config["trainer"]]
-    return digest([run.seed, layout, model, start, sizes, rest])
+def with_one_parent(runs: Sequence[Run]) -> list[list[Run]]:
+    """Runs that must have started from the same weights: of equal seed, data and settings of stage 0. (A parent is
+    named by these and by the code that made it.)"""
+    from symbiotic.arc import stage0_config, stage0_key
+
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        config = parse(Config, run.config)
+        key = digest([stage0_key(stage0_config(config), run.summary["data"]), config.init.checkpoint])
+        groups.setdefault(key, []).append(run)
+    return list(groups.values())
 
 
 def check_samples(runs: Sequence[Run], counts: Callable[[Run], Mapping[str, Any]]) -> None:
@@ -66,8 +72,9 @@ def attach_results(runs: Sequence[Run], evaluated: Callable[[Path], Path | None]
 def check_results(runs: Sequence[Run]) -> None:
     """Raises AuditError: evaluations by different code, versions or protocols, of other weights or sample counts."""
     runs = [run for run in runs if run.results]
-    for key in ("evaluation_code", "versions", "sampler", "size", "data", "ema", "step"):
-        refuse(runs, f"{key.replace('_', ' ')} of the evaluation", lambda run, key=key: run.results.get(key))  # type: ignore[misc]
+    for key, what in IDENTITY.items():
+        refuse(runs, what, lambda run, key=key: run.results.get(key))  # type: ignore[misc]
+    refuse(runs, "evaluated step", lambda run: "last" if run.results["step"] == run.last else run.results["step"])
     if len({run.results["seed"] for run in runs}) > 1:  # not one seed for all: then each run's own
         refuse(runs, "seed of the images, next to its own,", lambda run: run.results["seed"] - run.seed)
     for benchmark in dict.fromkeys(name for run in runs for name in run.results["protocol"]):

@@ -131,11 +131,6 @@ DERIVED = {
 """Keys from whose values others follow in the shipped config: who declares the first has declared the second."""
 
 
-def covered(key: str, factors: Iterable[str]) -> bool:
-    """Whether a declared factor, ablations aside, covers a key."""
-    return any(covers(factor, key) for factor in factors if factor != "ablation")
-
-
 def set_by_ablations(key: str, names: Iterable[str]) -> str | None:
     """`ablation=NAME` of the one that sets a key."""
     return next((by for own, by in explicit_keys(list(names), ()).items() if covers(own, key)), None)
@@ -154,7 +149,8 @@ def below(key: str, factor: str) -> bool:
 # --------------------------------------------------------------------------- checks
 
 
-def _composed(key: str, experiment: str, overrides: Iterable[str]) -> dict[str, Any]:
+@functools.lru_cache
+def _composed(key: str, experiment: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     seeds = [override for override in overrides if override.startswith("seed=")]
     if seeds:
         raise ConfigError(f"{key}: {seeds[0]}: seeds are the study's; set study.seeds")
