@@ -138,6 +138,7 @@ def test_a_file_of_prompts_is_drawn_but_for_its_bad_lines(
         '{"prompt": " "}',
         '{"prompt": "red", "n": 0}',
         '{"prompt": "red", "seed": "1"}',
+        '{"prompt": "red \\ud800"}',
         "[1]",
         '{"prompt": "white 0 zebra"}',
     ]
@@ -154,11 +155,18 @@ def test_a_file_of_prompts_is_drawn_but_for_its_bad_lines(
     ]
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "warning: words that the corpus does not have, all <unk> to the model: zebra"
-    wrong = ["not JSON: ", "promt: no such key; did you mean 'prompt'?", "prompt=: must", "n=0: must be", "seed='1'"]
-    for line, number, text in zip(said[1:7], range(3, 9), [*wrong, "must be a mapping"], strict=True):
+    wrong = [
+        "not JSON: ",
+        "promt: no such key; did you mean 'prompt'?",
+        "prompt=: must",
+        "n=0: must be",
+        "seed='1'",
+        "not valid Unicode",
+    ]
+    for line, number, text in zip(said[1:8], range(3, 10), [*wrong, "must be a mapping"], strict=True):
         assert line.startswith(f"left out: {path}: line {number}: ")
         assert text in line
-    assert said[7:] == [f"error: 6 lines were left out; the images of the others are in {out}"]
+    assert said[8:] == [f"error: 7 lines were left out; the images of the others are in {out}"]
 
 
 def test_files_without_a_usable_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

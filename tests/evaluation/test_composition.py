@@ -441,6 +441,13 @@ def test_bad_prompts_are_named_and_the_rest_exported(run: Any, assets: Path, tmp
     ]
 
 
+def test_half_a_character_is_left_out(run: Any, assets: Path, tmp_path: Path) -> None:
+    path = assets / "geneval" / "evaluation_metadata.jsonl"
+    path.write_text(json.dumps(GENEVAL[0] | {"prompt": "red \ud800"}) + "\n" + json.dumps(GENEVAL[1]))
+    assert r"1 prompts were left out: prompt 00000: 'red \ud800': not valid Unicode" in waits(run, GenEval())
+    assert [p.name for p in (tmp_path / "e" / "exports" / "geneval").iterdir()] == ["00001"]
+
+
 def test_files_without_a_prompt_fail(run: Any, assets: Path) -> None:
     (assets / "geneval" / "evaluation_metadata.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"evaluation_metadata.jsonl: no prompt in it"):

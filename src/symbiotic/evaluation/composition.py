@@ -84,15 +84,16 @@ class Composition(Benchmark):
             raise MissingAsset(f"{self.name}: its images go to the folder of an evaluation; src/eval.py has one")
         prompts, problems = self.read()
         context.problems += problems
-        prompts = list(context.first(prompts))
+        prompts, _ = context.kept(context.first(prompts), check_text)
         if not prompts:
-            raise DataError(f"{self.files()[0]}: no prompt in it{f'; {problems[0]}' if problems else ''}")
+            raise DataError("; ".join([f"{self.files()[0]}: no prompt in it", *context.problems[:1]]))
         gallery = context.gallery(model, self.name, [p.text for p in prompts for _ in range(self.images)])
         folder = context.folder / "exports" / self.name
         self.export(prompts, gallery, folder)
         try:
             files = self.result_files(prompts, folder)
         except MissingAsset as error:
+            problems = context.problems
             left_out = f"; {len(problems)} prompts were left out: {problems[0]}" if problems else ""
             raise MissingAsset(f"{error}{left_out}") from error
         context.files += [str(path.relative_to(context.folder)) for path in files]
@@ -103,6 +104,14 @@ class Composition(Benchmark):
         return MissingAsset(
             f"no {results} in EXPORT={folder}, where the images lie: {how} writes it; then evaluate again"
         )
+
+
+def check_text(prompt: Prompt) -> None:
+    """Raises DataError: half of a character, which no image could carry in its text chunks."""
+    try:
+        prompt.text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"prompt {prompt.id}: {prompt.text!r}: not valid Unicode") from error
 
 
 # --------------------------------------------------------------------------- files

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from symbiotic.schema import ConfigError
-from symbiotic.studies.batch_file import check_file, read_rows, report_left_out
+from symbiotic.studies.batch_file import check_file, check_text, read_rows, report_left_out
 from symbiotic.studies.request import (
     check_device,
     check_weights_choice,
@@ -110,9 +110,9 @@ def check_request(request: Request) -> None:
 
 def check_question(asked: Question) -> None:
     """Raises ConfigError."""
-    if not asked.question.strip():
-        raise ConfigError("question=: must hold at least one word")
-    if asked.choices is not None and (len(asked.choices) != 4 or not all(text.strip() for text in asked.choices)):
+    for key, text in [("question", asked.question), *(("choices", text) for text in asked.choices or ())]:
+        check_text(key, text)
+    if asked.choices is not None and len(asked.choices) != 4:
         raise ConfigError(f"choices={'|'.join(asked.choices)}: must be four texts, A|B|C|D")
     if asked.image is not None and not Path(asked.image).is_file():
         raise ConfigError(f"image={asked.image}: no such file")

@@ -22,6 +22,16 @@ def check_file(key: str, path: str) -> None:
         raise ConfigError(f"{key}={path}: must be a file {' or '.join(SUFFIXES)}")
 
 
+def check_text(key: str, text: str) -> None:
+    """Raises ConfigError: no word in it, or half of a character."""
+    if not text.strip():
+        raise ConfigError(f"{key}=: must hold at least one word")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{key}={text!r}: not valid Unicode") from error
+
+
 def read_rows(path: str, cls: type[T], text: str, check: Callable[[T], None]) -> tuple[list[T], list[str]]:
     """The usable lines, and what is wrong with each other one. Empty lines are skipped.
 

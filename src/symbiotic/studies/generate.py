@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from symbiotic.schema import ConfigError
-from symbiotic.studies.batch_file import check_file, read_rows, report_left_out
+from symbiotic.studies.batch_file import check_file, check_text, read_rows, report_left_out
 from symbiotic.studies.request import (
     check_device,
     check_weights_choice,
@@ -116,8 +116,7 @@ def check_request(request: Request) -> None:
 
 def check_line(line: Line) -> None:
     """Raises ConfigError."""
-    if not line.prompt.strip():
-        raise ConfigError("prompt=: must hold at least one word")
+    check_text("prompt", line.prompt)
     for name, least in (("n", 1), ("seed", 0)):
         value = getattr(line, name)
         if value is not None and value < least:
