@@ -17,6 +17,7 @@ from symbiotic.callbacks.in_loop_evaluation import read_scores
 from symbiotic.runs import digest, read_json, write_json
 from symbiotic.schema import RunError
 from symbiotic.studies.report import COLUMNS, report_of, write_report
+from symbiotic.studies.report_tables import number
 from symbiotic.studies.study import Study, study_of
 
 HOSTILE = "<b>|x"
@@ -123,6 +124,20 @@ def scored(runs: Path, arm: str, seed: int) -> dict[str, float]:
     return {name: score["value"] for name, score in evaluated(runs, arm, seed)["scores"].items()}
 
 
+def test_official_scores_come_first_and_parts_of_benchmarks_have_a_table_of_their_own(page: str, markdown: str) -> None:
+    results = section(markdown, "Results")
+    assert results.split("\n|")[1].startswith(" arm | OCRBench ↑<br><sub>n 1000</sub> | knowledge, not replayed ↑")
+    assert "| 401 ± 1<br><sub>reference</sub> |" in results
+    parts = results.split("### Parts of the understanding benchmarks")[1]
+    assert "| OCRBench: text recognition ↑<br><sub>n 300</sub> | 101 ± 1 | 101 ± 1 | 101 ± 1 |" in parts
+    assert "<summary>Parts of the understanding benchmarks</summary>" in page
+
+
+def test_numbers_have_a_sign_a_minus_and_no_negative_zero() -> None:
+    assert [number(v, 2, True) for v in (0.016, -0.016, -0.001, 0.0)] == ["+0.02", "−0.02", "0.00", "0.00"]
+    assert number(-0.5, 1) == "−0.5"
+
+
 def test_image_scores_of_an_arm_that_makes_no_images_are_dashes(markdown: str) -> None:
     generation = section(markdown, "Results").split("*Generation")[1]
     row = next(line for line in generation.splitlines() if line.startswith("| und"))
@@ -198,7 +213,9 @@ def test_one_seed_has_no_interval_and_no_verdict(study: Study, tmp_path: Path) -
     assert "±" not in section(text, "Results")
     assert "[" not in section(text, "Forgetting and interference").replace("![", "")
     assert "resampled" in section(text, "Results")
-    assert "**supported**" not in text
+    verdicts = section(text, "Verdicts")
+    assert "One seed: there is no interval, so no verdict." in verdicts
+    assert not re.search("supported|undecided|interval .*[0-9]", verdicts.replace("so no interval", ""))
     assert faults((tmp_path / "report" / "report.html").read_text()) == []
 
 

@@ -25,7 +25,8 @@ from symbiotic.studies.report_audit import audit_blocks
 from symbiotic.studies.report_data import ArmData, StudyData
 from symbiotic.studies.report_document import Document, Figure, Gallery
 from symbiotic.studies.report_figures import gallery_pixels
-from symbiotic.studies.report_sections import config_hash, document, protocol_hash
+from symbiotic.studies.report_origin import config_hash, protocol_hash
+from symbiotic.studies.report_sections import document
 from symbiotic.studies.report_style import Look, montage, png
 from symbiotic.studies.runs_of import Run
 from symbiotic.studies.study import Study, read_study

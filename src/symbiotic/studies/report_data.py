@@ -96,11 +96,6 @@ class StudyData:
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
 
-    @property
-    def paired(self) -> bool:
-        """Whether any arm has more than one seed, without which there is no interval and no verdict."""
-        return any(len(arm.runs) > 1 for arm in self.arms)
-
 
 def looked(audit: Audit) -> list[ArmData]:
     """Each arm with its colour and marker; a control has those of its (first) arm."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from symbiotic.schema import RunError
 from symbiotic.studies.report_document import Document
 from symbiotic.studies.report_style import png
 
@@ -33,8 +34,10 @@ def markdown(document: Document) -> str:
 
 
 def _environment(escape: bool) -> Any:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+    try:
+        from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    except ImportError:
+        raise RunError("the report needs jinja2, which is not installed; pip install 'symbiotic[eval]'") from None
     environment = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=escape, undefined=StrictUndefined)
     environment.filters |= {"data_uri": data_uri, "md": plain_markdown, "mark": lambda status: MARKS.get(status, "–")}
     return environment

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import get_args
@@ -10,35 +9,28 @@ from typing import get_args
 from symbiotic.data.errors import DataError
 from symbiotic.evaluation.images import image_facts
 from symbiotic.evaluation.names import metric
-from symbiotic.runs import digest
 from symbiotic.studies import report_figures as figures
+from symbiotic.studies import report_origin as origin
 from symbiotic.studies import report_tables as tables
 from symbiotic.studies.curves import KIND_NAMES
 from symbiotic.studies.report_data import ArmData, StudyData, is_part
 from symbiotic.studies.report_document import (
     Block,
-    Cell,
-    Code,
-    Column,
     Document,
     Figure,
     Folded,
     Gallery,
     Items,
-    Row,
     Said,
     Section,
-    Table,
-    Terms,
     Text,
     Verdicts,
 )
 from symbiotic.studies.report_style import Picture, swatch
-from symbiotic.studies.report_tables import number
+from symbiotic.studies.report_tables import SIDES, counted, number
 from symbiotic.studies.runs_of import Run
 from symbiotic.studies.verdicts import Status
 
-SIDES = ("understanding", "generation")
 HEADLINES = ("knowledge_unreplayed", "reading", "embedded_acc")
 """Scores of the summary, where no official one was measured."""
 
@@ -47,11 +39,6 @@ FEW = 4
 
 SHOWN = 8
 """Generated images of each arm."""
-
-NOT_OFFICIAL = (
-    "The embedded scores are measured on the embedded corpus, some by small judges that were trained on it: none of "
-    "them is MMLU, OCRBench, CLIP score or FID, and none can be compared with a published number."
-)
 
 
 def document(study: StudyData, audit: Sequence[Block], command: str, date: str) -> Document:
@@ -67,8 +54,8 @@ def document(study: StudyData, audit: Sequence[Block], command: str, date: str) 
         Section("routing", "Routing", routing(study, drawn, pictures)),
         Section("samples", "Generated images", samples(study)),
         Section("audit", "Audit", audit),
-        Section("provenance", "Provenance", provenance(study, command)),
-        Section("glossary", "What the scores are", glossary(study)),
+        Section("provenance", "Provenance", origin.provenance(study, command)),
+        Section("glossary", "What the scores are", origin.glossary(study)),
     ]
     facts = {"study": study.name, "arms": str(len(study.arms)), "runs": str(len(study.runs))}
     facts |= {"seeds": ", ".join(map(str, study.seeds)), "reference arm": study.reference, "date": date}
@@ -92,7 +79,7 @@ def summary(study: StudyData) -> str:
     compared = f"{counted(len(study.arms), 'arm')}, {counted(len(study.runs), 'run')} ({seeds}), compared"
     when = "at the end of joint training" if study.step is None else f"at step {study.step}"
     said = [f"{compared} {when}; differences are to {study.reference}, paired by seed."]
-    if not study.paired:
+    if not tables.paired(study.arms):
         said.append("There is one seed: no deviation, no interval, and no verdict.")
     elif study.verdicts:
         states = [found.status for found in study.verdicts]
@@ -115,10 +102,6 @@ def absent(study: StudyData) -> list[Block]:
     more = len(study.problems) - FEW
     lines = [*study.problems[:FEW], *([f"and {more} more: see the audit"] if more > 0 else [])]
     return [Items(lines)] if lines else []
-
-
-def counted(n: int, one: str, many: str = "") -> str:
-    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def headlines(study: StudyData) -> list[str]:
@@ -144,8 +127,10 @@ def spread(study: StudyData, score: str) -> str:
 
 def verdicts(study: StudyData) -> list[Block]:
     if not study.verdicts:
-        why = "The study states no hypothesis." if study.paired else "One seed: there is no interval, so no verdict."
-        return [Text([why])]
+        return [Text(["The study states no hypothesis."])]
+    if not tables.paired(study.arms):
+        why = "One seed: there is no interval, so no verdict. What was measured for each hypothesis:"
+        return [Text([why]), Items([found.line for found in study.verdicts])]
     note = (
         "Supported: the whole 95 % t interval over seeds lies beyond the margin. Not supported: all of it lies on the "
         "other side. Undecided: anything else. p is against the margin; Holm's is adjusted for all hypotheses."
@@ -165,9 +150,9 @@ def results(study: StudyData, pictures: Mapping[str, Picture]) -> list[Block]:
         blocks.append(Text(["– : not trained to generate images, so image scores say nothing."]))
     unmeasured = tables.unmeasured_table(arms)
     blocks += [unmeasured] if unmeasured else []
-    blocks.append(Text([NOT_OFFICIAL]))
+    blocks.append(Text([origin.NOT_OFFICIAL]))
     scores = [name for side in SIDES for name in tables.scores_of(arms, side)]
-    if study.paired and found:
+    if tables.paired(study.arms) and found:
         table = tables.difference_table(arms, scores, study.reference, found)
         blocks.append(Folded("All differences, with both intervals", [table]))
     for side in SIDES:
@@ -190,7 +175,7 @@ def forgetting(study: StudyData, drawn: Sequence[figures.Drawn], pictures: Mappi
         text = "| stage 0, × iteration 0 (after the split), large marker: mean at the end, small ones: seeds."
         blocks.append(Figure("forgetting", f"What joint training leaves of the understanding side. {text}", panels))
     losses = tables.change_table(
-        "Forgetting: the end against stage 0" + (", with the 95 % t interval over seeds." if study.paired else "."),
+        f"Forgetting: the end against stage 0{', with the 95 % t interval over seeds' * tables.paired(study.arms)}.",
         study.arms, scores, study.forgetting, pictures, ("forgotten", "gained"),
     )  # fmt: skip
     costs = tables.change_table(
@@ -287,54 +272,3 @@ def prompted(run: Run) -> dict[str, bytes]:
         except DataError:
             continue
     return found
-
-
-# --------------------------------------------------------------------------- where it comes from
-
-
-def provenance(study: StudyData, command: str) -> list[Block]:
-    rows = []
-    for arm in study.arms:
-        for run in arm.runs:
-            made, evaluated = run.summary["provenance"], run.results
-            cells = [arm.name, str(run.seed), str(run.summary["steps"]), config_hash(run), made["code"], made["commit"]]
-            cells += [run.summary["data"], run.summary["parent"], evaluated.get("weights", "as trained")]
-            cells += [protocol_hash(run), evaluated.get("evaluation_code", tables.NONE)]
-            rows.append(Row(run.folder.name, [*map(Cell, cells)]))
-    titles = ["run", "arm", "seed", "steps", "config", "code", "commit", "data", "parent", "weights", "protocol"]
-    columns = [*map(Column, [*titles, "evaluation code"])]
-    versions = study.runs[0].summary["provenance"]
-    listed = {name: text for name, text in versions.items() if name not in ("code", "commit")}
-    text = f"Versions of the training: {', '.join(f'{name} {version}' for name, version in listed.items())}."
-    caption = "Every run behind this report. Hashes: of the config, the package's sources, the corpus, the protocols."
-    return [
-        Text([text, "This report was made by:"]),
-        Code(command),
-        Folded(f"{counted(len(rows), 'run')}, one by one", [Table(caption, columns, rows, words=True)]),
-    ]
-
-
-def protocol_hash(run: Run) -> str:
-    """Of everything that decided the scores beside the model, – where only the training measured."""
-    return digest(run.results["protocol"]) if run.results else tables.NONE
-
-
-def config_hash(run: Run) -> str:
-    """Of what decides the training: as the evaluation says, else as the folder's name does."""
-    named = re.search(r"-([0-9a-f]{8})-seed", run.folder.name)
-    return str(run.results.get("provenance", {}).get("config") or (named[1] if named else tables.NONE))
-
-
-def glossary(study: StudyData) -> list[Block]:
-    """Every score of the report: what it is, which direction is better, chance, and on how many samples."""
-    terms = {}
-    for side in SIDES:
-        for name in tables.scores_of(study.arms, side):
-            facts, counts = metric(name), sorted({n for arm in study.arms for n in arm.samples(name)})
-            what = [tables.MEANINGS.get(name, "as its benchmark defines it")]
-            what += [f"{facts.better} is better"]
-            what += [f"chance {facts.chance:g}"] if facts.chance is not None else []
-            what += [f"n {' or '.join(map(str, counts))}"] if counts else []
-            terms[facts.title if facts.title == name else f"{facts.title} ({name})"] = "; ".join(what) + "."
-    terms |= tables.OTHER_TERMS
-    return [Terms(terms), Text([NOT_OFFICIAL])]

@@ -18,14 +18,17 @@ from symbiotic.studies.report_style import Picture
 from symbiotic.studies.runs_of import Run
 from symbiotic.studies.statistics import Comparison, Seeds
 
+SIDES = ("understanding", "generation")
 NONE = "–"
+SPREAD = "Mean ± sample standard deviation over seeds"
 
 # --------------------------------------------------------------------------- numbers
 
 
 def number(value: float, digits: int, signed: bool = False) -> str:
-    """`0.950`, `−0.012`, `+0.012`; with a minus that is one."""
-    return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    """`0.950`, `−0.012`, `+0.012`, and `0.000` for what rounds to it; with a minus that is one."""
+    value = round(value, digits) or 0.0
+    return f"{value:{'+' if signed and value else ''}.{digits}f}".replace("-", "−")
 
 
 def mean_sd(values: Sequence[float], digits: int) -> str:
@@ -46,6 +49,10 @@ def difference(found: Comparison | None, digits: int) -> str:
     if found is None:
         return ""
     return f"{number(found.mean, digits, True)} {interval(found.t, digits)}".strip()
+
+
+def counted(n: int, one: str, many: str = "") -> str:
+    return f"{n} {one if n == 1 else many or one + 's'}"
 
 
 def scores_of(arms: Sequence[ArmData], side: str, parts: bool = False) -> list[str]:
@@ -144,11 +151,16 @@ def main_table(
             )
         rows.append(arm_row(arm, cells, pictures))
     columns = [score_column(score, {n for arm in arms for n in arm.samples(score)}) for score in scores]
-    alone = all(len(arm.runs) == 1 for arm in arms)
-    spread = "one seed, so neither deviation nor interval" if alone else "mean ± sample standard deviation over seeds"
-    below = f"below it, the difference to {reference}" + ("" if alone else ", paired by seed, with its 95 % t interval")
-    strong = "" if alone else "; bold where that excludes 0"
-    return Table(f"{side.capitalize()}: {spread}; {below}{strong}.", [Column("arm"), *columns], rows)
+    text = "One seed, so neither deviation nor interval; below a score, the difference to the reference arm."
+    if paired(arms):
+        text = f"{SPREAD}; below it, the difference to {reference}, paired by seed, with its 95 % t interval"
+        text += "; bold where that excludes 0."
+    return Table(f"{side.capitalize()}. {text}", [Column("arm"), *columns], rows)
+
+
+def paired(arms: Sequence[ArmData]) -> bool:
+    """Whether any arm has more than one seed, without which there is no interval and no verdict."""
+    return any(len(arm.runs) > 1 for arm in arms)
 
 
 def difference_table(
@@ -178,7 +190,7 @@ def parts_table(arms: Sequence[ArmData], side: str, step: int | None) -> Table |
         facts, counts = metric(score), {n for arm in arms for n in arm.samples(score)}
         cells = [Cell(mean_sd(list(arm.values(score, step).values()), facts.digits)) for arm in arms]
         rows.append(Row(f"{title(score, facts)} {arrow(facts.better)}", cells, note=score_column(score, counts).note))
-    caption = "Mean ± sample standard deviation over seeds."
+    caption = "Parts of benchmarks: subjects, groups, categories." + (f" {SPREAD}." if paired(arms) else "")
     return Table(caption, [Column("part"), *(Column(arm.name) for arm in arms)], rows) if rows else None
 
 
@@ -307,39 +319,3 @@ def heatmap(run: Run) -> tuple[Path, dict[str, list[bool]], dict[str, int]] | No
     pools, seen = pool_sizes(model, system), visible_pools(system)
     visible = {kind: [pool in seen[kind] for pool, size in pools.items() for _ in range(size)] for kind in seen}
     return files[-1], visible, pools
-
-
-# --------------------------------------------------------------------------- words
-
-
-MEANINGS = {
-    "knowledge_replayed": "four-choice questions on invented facts that joint training repeats; argmax over letters",
-    "knowledge_unreplayed": "the same on facts that joint training never repeats: what can be forgotten",
-    "reading": "questions about rendered and handwritten digits; right when the answer stands in the greedy output",
-    "embedded_acc": "generated images with all four attributes of their caption right, by the embedded classifier",
-    "embedded_acc_held_out": "the same for combinations of attributes that training never showed",
-    "embedded_clip": "mean cosine of image and caption in a small open_clip model trained on the embedded corpus",
-    "embedded_fd": "Frechet distance between features of generated and reference images in the embedded classifier",
-    "flow_error": "mean squared error of the clean latents that the model predicts from noisy ones",
-    "fid": "Frechet Inception distance, by torch-fidelity",
-    "kid": "kernel Inception distance, by torch-fidelity",
-    "inception_score": "inception score, by torch-fidelity",
-    "precision": "share of generated images inside the manifold of real ones, by torch-fidelity",
-    "recall": "share of real images inside the manifold of generated ones, by torch-fidelity",
-    "clip_score": "100 times the mean cosine of image and caption, by open_clip",
-    "clip_cosine": "mean cosine of image and caption, by open_clip",
-    "hps_v2": "human preference score v2, by open_clip with its weights",
-    "hps_v2.1": "human preference score v2.1, by open_clip with its weights",
-    "mmlu": "MMLU, 5-shot, mean over all questions; argmax over the letters",
-    "mmlu_macro": "MMLU, 5-shot, mean over the subjects",
-    "ocrbench": "OCRBench v1: answers that contain a right one",
-}
-OTHER_TERMS = {
-    "stage 0": "the understanding-only parent that joint training starts from.",
-    "iteration 0": "the model after its experts were split, before the first joint step.",
-    "control": "the same training with the same understanding samples and without generation (understanding only).",
-    "forgetting": "the end against stage 0.",
-    "interference, synergy": "the arm against its control: for the worse, for the better, its interval excluding 0.",
-    "capacity rate": "share of assignments that experts of limited capacity would keep; compare with random routing.",
-    "utilisation": "exp(entropy of the load) / number of experts; 1 is even use.",
-}
