@@ -226,6 +226,9 @@ def test_an_arm_whose_alarm_intervened_is_marked(tmp_path: Path) -> None:
     write_report(root, "none", ["system", "phases", "mix"], root / "report", None)
     text = (root / "report" / "report.md").read_text()
     assert text.count("⚠ its alarm intervened (seed 0)") >= 3
+    page = Page((root / "report" / "report.html").read_text())
+    marked = [a["alt"] for a in page.of("img") if "symbiotic" in a["alt"] and "standard_moe" not in a["alt"]]
+    assert len([alt for alt in marked if "⚠" in alt]) > len(CAPTIONS)
     assert "the collapse alarm changed the training" in section(text, "Summary")
 
 

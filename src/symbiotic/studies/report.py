@@ -87,7 +87,7 @@ def evaluation_of(run: Path, evaluation: EvalConfig | None) -> Path | None:
 
 def write_files(study: StudyData, made: Document, folder: Path) -> list[Path]:
     """Every file of the report; each appears whole or not at all."""
-    looks = {arm.name: arm.look for arm in study.arms}
+    looks = {arm.shown: arm.look for arm in study.arms}
     files: dict[str, bytes] = {f"figures/{name}.png": png(picture) for name, picture in drawings(made, looks).items()}
     files["results.csv"] = results_csv(study).encode()
     files["report.md"] = report_html.markdown(made).encode()

@@ -25,6 +25,11 @@ class ArmData(Arm):
     look: Look = field(default_factory=lambda: Look(0))
     of: tuple[str, ...] = ()
 
+    @property
+    def shown(self) -> str:
+        """In figures: marked where an alarm changed the training."""
+        return f"{self.name} ⚠" if self.intervened else self.name
+
     @cached_property
     def scores(self) -> dict[str, list[Series]]:
         """Score -> its values over the steps, one series a run; the last value is that of the evaluation."""

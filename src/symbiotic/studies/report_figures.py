@@ -301,5 +301,7 @@ def beside(axis: Any, height: float, text: str, theme: Theme) -> None:
     axis.annotate(text, (1, height), (-2, 2), ha="right", va="bottom", fontsize=7.5, color=theme.dim, **place)
 
 
-def short(name: str, length: int = 34) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
+def short(name: str, length: int = 32) -> str:
+    """With its middle left out, as names that are alike differ at their ends."""
+    half = length // 2
+    return name if len(name) <= length else f"{name[: half - 1]}…{name[-half:]}"

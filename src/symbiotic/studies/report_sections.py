@@ -59,7 +59,7 @@ def document(study: StudyData, audit: Sequence[Block], command: str, date: str) 
     ]
     facts = {"study": study.name, "arms": str(len(study.arms)), "runs": str(len(study.runs))}
     facts |= {"seeds": ", ".join(map(str, study.seeds)), "reference arm": study.reference, "date": date}
-    return Document(study.question, facts, sections, pictures)
+    return Document(study.question, facts, sections, {arm.shown: pictures[arm.name] for arm in study.arms})
 
 
 def draw(arm: ArmData) -> figures.Drawn:
@@ -67,7 +67,7 @@ def draw(arm: ArmData) -> figures.Drawn:
     logged = dict.fromkeys(name for run in arm.runs for name in run.metrics)
     metrics = {name: [run.metrics[name] for run in arm.runs if name in run.metrics] for name in logged}
     starts = {a: {name: list(arm.anchor(a, name).values()) for name in arm.scores} for a in figures.ANCHORS}
-    return figures.Drawn(arm.name, arm.look, arm.scores, metrics, starts)
+    return figures.Drawn(arm.shown, arm.look, arm.scores, metrics, starts)
 
 
 # --------------------------------------------------------------------------- the first two minutes
@@ -224,7 +224,7 @@ def routing(study: StudyData, drawn: Sequence[figures.Drawn], pictures: Mapping[
         "many experts (several lines where arms show their tokens different numbers of experts).",
         panels,
     )
-    heat = [figures.heatmap_panel(f"{arm.name}, seed {run.seed}", *found) for arm in study.arms
+    heat = [figures.heatmap_panel(f"{arm.shown}, seed {run.seed}", *found) for arm in study.arms
             for run in arm.runs[:1] if (found := tables.heatmap(run))]  # fmt: skip
     text = "Red: more than an even share; blue: less; blank: experts that the kind may not use. Rows are layers."
     blocks += shown(
@@ -247,7 +247,7 @@ def shown(file: str, caption: str, panels: Sequence[Picture | None], legend: boo
 
 def samples(study: StudyData) -> list[Block]:
     """The same captions in every arm, first seed; the grids of the training where nothing was evaluated."""
-    made = {arm.name: prompted(arm.runs[0]) for arm in study.arms if arm.generates}
+    made = {arm.shown: prompted(arm.runs[0]) for arm in study.arms if arm.generates}
     made = {name: found for name, found in made.items() if found}
     if made:
         captions = list(next(iter(made.values())))
@@ -255,7 +255,7 @@ def samples(study: StudyData) -> list[Block]:
         text = "A row an arm, first seed, the same captions and noise for all; images as generated, enlarged."
         return [Gallery(f"Generated images. {text}", captions, images)]
     grids = {
-        arm.name: sorted((arm.runs[0].folder / "samples").glob("step=*.png")) for arm in study.arms if arm.generates
+        arm.shown: sorted((arm.runs[0].folder / "samples").glob("step=*.png")) for arm in study.arms if arm.generates
     }
     panels = [figures.grid_panel(name, found[-1]) for name, found in grids.items() if found]
     text = "Each image stands above its caption; the grids that the training drew last."

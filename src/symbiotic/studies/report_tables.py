@@ -103,7 +103,7 @@ def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str]) -> list[Row]:
                         group[1][score] = {**group[1][score], **values[score]}
         for names, merged in groups:
             cells = [Cell(mean_sd(list(merged[score].values()), metric(score).digits)) for score in scores]
-            rows.append(Row(name, cells, "anchor", "" if len(groups) == 1 else f"of {', '.join(names)}"))
+            rows.append(Row(name, cells, "anchor", "" if len(groups) == 1 else f"of {'; '.join(names)}"))
     return rows
 
 
@@ -116,7 +116,7 @@ def agree(one: Mapping[str, Seeds], other: Mapping[str, Seeds]) -> bool:
 def arm_row(arm: ArmData, cells: Sequence[Cell], pictures: Mapping[str, Picture]) -> Row:
     """Its name with what must be said about it."""
     notes = [f"{len(arm.runs)} seed{'s' if len(arm.runs) > 1 else ''}"]
-    notes += [f"control of {', '.join(arm.of)}"] if arm.of else []
+    notes += [f"control of {'; '.join(arm.of)}"] if arm.of else []
     if arm.intervened:
         notes.append(f"⚠ its alarm intervened (seed {', '.join(map(str, arm.intervened))})")
     return Row(arm.name, cells, "control" if arm.of else "arm", "; ".join(notes), pictures.get(arm.name))
