@@ -16,7 +16,9 @@ import pytest
 
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import last_values
-from symbiotic.config import CONF, compose
+from symbiotic.config import CONF, compose, compose_evaluation
+from symbiotic.studies import ask, generate, inspection
+from symbiotic.studies.request import parse_request
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +52,8 @@ COMMANDS = [
     for line in block.splitlines()
 ]
 TRAIN = [command for command in COMMANDS if "src/train.py" in command]
+EVAL = [command for command in COMMANDS if "src/eval.py" in command]
+REQUESTS = [c for c in COMMANDS if re.search(r"src/(generate|ask|inspect_run)\.py", c)]
 MAP = rows(section("Paper map"))
 
 
@@ -63,6 +67,18 @@ def test_commands_compose(command: str) -> None:
     assert "-m" in arguments or all(len(choice) == 1 for choice in choices)
     for member in itertools.product(*choices):
         compose(member)
+
+
+@pytest.mark.parametrize("command", EVAL)
+def test_commands_of_the_evaluation_compose(command: str) -> None:
+    compose_evaluation(shlex.split(command.partition("src/eval.py")[2]))
+
+
+@pytest.mark.parametrize("command", REQUESTS)
+def test_commands_about_a_run_are_read(command: str) -> None:
+    script, arguments = re.fullmatch(r"python src/(\w+)\.py (.*)", command).groups()  # type: ignore[union-attr]
+    module = {"generate": generate, "ask": ask, "inspect_run": inspection}[script]
+    parse_request(module.Request, shlex.split(arguments), module.READ)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
