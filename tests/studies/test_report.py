@@ -148,6 +148,7 @@ def test_verdicts_stand_above_the_evidence_and_in_the_summary(markdown: str) -> 
     verdicts = section(markdown, "Verdicts")
     assert re.search(r"\*\*supported\*\*: it knows more<br><sub>knowledge, not replayed of .* \+0\.0550 ", verdicts)
     assert "**not supported**: it reads worse" in verdicts
+    assert "from 0.910 at stage 0" in section(markdown, "Summary")
     assert "Of 2 hypotheses: 1 supported, 1 not supported, 0 undecided." in section(markdown, "Summary")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from symbiotic.evaluation.names import metric
 from symbiotic.studies.curves import KIND_NAMES, Series
 from symbiotic.studies.report_style import SIZE, Look, Picture, Theme, panel, plain
+from symbiotic.studies.statistics import Seeds
 
 FEW = 20
 """Up to so many points a line carries its marker at each of them."""
@@ -29,15 +30,14 @@ class Drawn:
 
     Args:
         scores, metrics: name -> one series a seed; of the benchmarks, and of what was logged.
-        starts: anchor (`stage 0`, `iteration 0`) -> score -> one value a seed.
+        starts: anchor (`stage 0`, `iteration 0`) -> score -> seed -> value.
     """
 
     name: str
     look: Look
     scores: Mapping[str, Sequence[Series]]
     metrics: Mapping[str, Sequence[Series]]
-    starts: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
-    routing: Path | None = None
+    starts: Mapping[str, Mapping[str, Seeds]] = field(default_factory=dict)
 
     def last(self, score: str) -> list[float]:
         """The last value of every seed."""
@@ -56,9 +56,11 @@ def score_panel(arms: Sequence[Drawn], score: str) -> Picture | None:
     falling = facts.better == "lower" and low > 0
 
     def draw(axis: Any, theme: Theme) -> None:
-        before = [value for arm in drawn for value in arm.starts.get("stage 0", {}).get(score, ())]
+        before: dict[int, float] = {}
+        for arm in drawn:
+            before |= arm.starts.get("stage 0", {}).get(score, {})
         if before:
-            level = statistics.fmean(before)
+            level = statistics.fmean(before.values())
             axis.axhline(level, color=theme.dim, linestyle=":", linewidth=1.2, zorder=1)
             beside(axis, level, "stage 0", theme)
         for arm in drawn:
@@ -133,9 +135,11 @@ def forgetting_panel(arms: Sequence[Drawn], score: str) -> Picture | None:
             starts = {name: arm.starts.get(name, {}).get(score) for name in ANCHORS}
             for name, values in starts.items():
                 if values:
-                    axis.plot(statistics.fmean(values), height, ANCHORS[name], color=theme.ink, markersize=7)
+                    axis.plot(statistics.fmean(values.values()), height, ANCHORS[name], color=theme.ink, markersize=7)
             if starts["stage 0"]:
-                axis.plot([statistics.fmean(starts["stage 0"]), mean], [height] * 2, color=theme.line, zorder=1)
+                axis.plot(
+                    [statistics.fmean(starts["stage 0"].values()), mean], [height] * 2, color=theme.line, zorder=1
+                )
             axis.plot(ends, [height] * len(ends), **style | {"markersize": 3, "alpha": 0.5})
             axis.plot(mean, height, **style | {"markersize": 7})
         if facts.chance is not None and min(v for arm in drawn for v in arm.last(score)) < facts.chance + 0.2:

@@ -66,7 +66,7 @@ def draw(arm: ArmData) -> figures.Drawn:
     """The arm as the figures need it."""
     logged = dict.fromkeys(name for run in arm.runs for name in run.metrics)
     metrics = {name: [run.metrics[name] for run in arm.runs if name in run.metrics] for name in logged}
-    starts = {a: {name: list(arm.anchor(a, name).values()) for name in arm.scores} for a in figures.ANCHORS}
+    starts = {a: {name: arm.anchor(a, name) for name in arm.scores} for a in figures.ANCHORS}
     return figures.Drawn(arm.shown, arm.look, arm.scores, metrics, starts)
 
 
@@ -117,8 +117,8 @@ def spread(study: StudyData, score: str) -> str:
         return ""
     low, high = min(ends, key=lambda n: ends[n]), max(ends, key=lambda n: ends[n])
     words = facts.title[:1].upper() + facts.title[1:]
-    before = [v for arm in study.arms for v in arm.anchor("stage 0", score).values()]
-    start = f", from {number(statistics.fmean(before), facts.digits)} at stage 0" if before else ""
+    before = {seed: v for arm in study.arms for seed, v in arm.anchor("stage 0", score).items()}
+    start = f", from {number(statistics.fmean(before.values()), facts.digits)} at stage 0" if before else ""
     if len(ends) == 1:
         return f"{words} ends at {number(ends[low], facts.digits)} ({low}){start}."
     between = f"{number(ends[low], facts.digits)} ({low}) and {number(ends[high], facts.digits)} ({high})"
