@@ -136,8 +136,8 @@ def rows_of(arm: ArmData, run: Run) -> list[dict[str, Any]]:
     summary, made = run.summary, run.summary["provenance"]
     facts = {"arm": arm.name, "seed": run.seed, "code": made["code"], "commit": made["commit"]}
     facts |= {"data": summary["data"], "config": config_hash(run)}
-    rows = []
-    for anchor, scores in summary["anchors"].items():
+    rows: list[dict[str, Any]] = []
+    for anchor, scores in run.anchors.items():
         rows += [{"step": anchor, "source": "anchor", "score": name, "value": v} for name, v in scores.items()]
     evaluated = run.results.get("scores", {})
     for step, scores in sorted(run.scores.items()):

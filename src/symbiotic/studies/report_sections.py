@@ -32,7 +32,7 @@ from symbiotic.studies.runs_of import Run
 from symbiotic.studies.verdicts import Status
 
 HEADLINES = ("knowledge_unreplayed", "reading", "embedded_acc")
-"""Scores of the summary, where no official one was measured."""
+"""Scores of the summary, behind the official ones."""
 
 FEW = 4
 """Problems that the summary names."""
@@ -106,7 +106,7 @@ def absent(study: StudyData) -> list[Block]:
 
 def headlines(study: StudyData) -> list[str]:
     found = [name for side in SIDES for name in tables.scores_of(study.arms, side)]
-    return [name for name in found if metric(name).official][:4] or [name for name in HEADLINES if name in found]
+    return [name for name in found if metric(name).official][:3] + [name for name in HEADLINES if name in found]
 
 
 def spread(study: StudyData, score: str) -> str:
