@@ -61,7 +61,7 @@ class Arm:
 
     def anchor(self, name: str, score: str) -> Seeds:
         """`stage 0` or `iteration 0`."""
-        found = {run.seed: run.summary.get("anchors", {}).get(name, {}).get(score) for run in self.runs}
+        found = {run.seed: run.anchors.get(name, {}).get(score) for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
     def answers(self, score: str, step: int | None = None) -> Answers:

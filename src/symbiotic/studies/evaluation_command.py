@@ -103,6 +103,7 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
 
     from symbiotic.runs import read_json
     from symbiotic.studies import console
+    from symbiotic.studies.anchors import measure_anchors
     from symbiotic.studies.benchmarks import benchmark_names
     from symbiotic.studies.evaluate import SECONDS, evaluate_run, read_results
 
@@ -115,6 +116,8 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
         print(f"{run}" + (f" ({number} of {len(runs)})" if len(runs) > 1 else ""), flush=True)
         folder = evaluate_run(config, run)
         results, seconds = read_results(folder), read_json(folder / SECONDS) or {}
+        if config.runs is not None:
+            measure_anchors(config, run, folder)
         absent = {key: {n: line for n, line in results[key].items() if n in asked} for key in ("missing", "failed")}
         console.show(table(results))
         lines = [line for line in notes({**results, **absent}, seconds, folder) if line not in said]

@@ -30,6 +30,10 @@ INSTRUMENTS = (
 """Callbacks that look on."""
 
 
+ANCHORS = "anchors.json"
+"""In an evaluation: the official scores of the run's parent and of its start."""
+
+
 class AuditError(RunError):
     """Runs that cannot stand in one report. The message names them and says what would help."""
 
@@ -58,6 +62,17 @@ class Run:
         """What was logged while it trained."""
         path = self.folder / "metrics.csv"
         return read_series(path) if path.is_file() else {}
+
+    @cached_property
+    def anchors(self) -> dict[str, dict[str, float | None]]:
+        """`stage 0` and `iteration 0` -> scores: embedded ones as the training measured them, official ones as
+        evaluated."""
+        found = {name: dict(scores) for name, scores in self.summary.get("anchors", {}).items()}
+        path = self.evaluation / ANCHORS if self.evaluation is not None else None
+        for name, scores in ((read_json(path) if path else None) or {}).items():
+            if isinstance(scores, dict):
+                found.setdefault(name, {}).update({score: entry["value"] for score, entry in scores.items()})
+        return found
 
     def score(self, name: str, step: int | None = None) -> float | None:
         """At a step (None: the last): as evaluated, else as measured in training; `routing/...` as logged."""
