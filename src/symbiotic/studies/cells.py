@@ -121,7 +121,7 @@ def one_per_cell(arms: Mapping[str, list[Run]]) -> dict[str, list[Run]]:
 def completed(study: Study, arms: Mapping[str, list[Run]]) -> Study:
     """With the seeds and the reference arm of the runs, where the study does not say.
 
-    The reference is then the first arm of the standard system that generates, else the first.
+    The reference is then the first arm of the standard system that generates and that no alarm changed, else the first.
 
     Raises:
         AuditError: the study's reference arm has no finished run.
@@ -130,7 +130,8 @@ def completed(study: Study, arms: Mapping[str, list[Run]]) -> Study:
         raise AuditError(f"study.reference={study.reference}: no finished run of it; the other arms need it")
     plain_ones = [n for n, runs in arms.items() if runs[0].config["system"]["name"] == "standard_moe"]
     generating = [n for n in plain_ones if not without_generation(plain(arms[n][0].config))]
-    reference = study.reference or next(iter([*generating, *plain_ones, *arms]))
+    untouched = [n for n in generating if not any(run.summary.get("events", {}).get("intervention") for run in arms[n])]
+    reference = study.reference or next(iter([*untouched, *generating, *plain_ones, *arms]))
     seeds = study.seeds or tuple(sorted({run.seed for runs in arms.values() for run in runs}))
     return replace(study, reference=reference, seeds=seeds)
 
