@@ -9,15 +9,16 @@ ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+BROWSER := $(VENV)/.browser
 
 # One thread a process: the models are small, and processes side by side use the cores better.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval test test-slow bench golden check format clean
+.PHONY: help setup train eval test test-slow test-browser bench golden check format clean
 
 help: ## list the targets
-	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## create .venv and install the project with its development tools
 
@@ -37,6 +38,14 @@ test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARG
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow -n $(PROCESSES) $(ARGS)
+
+test-browser: $(BROWSER) ## open the HTML reports in a headless Chromium from Debian's packages; REPORT=FILE for a given one too
+	CHROMIUM=$${CHROMIUM:-$$(tests/browser/chromium.sh $(VENV)/chromium)} && export CHROMIUM && \
+	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
+
+$(BROWSER): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[browser]'
+	@touch $@
 
 bench: $(STAMP) ## what the monitors cost, as a ratio (minutes; needs an idle machine)
 	$(BIN)/python benchmarks/monitors.py $(ARGS)
