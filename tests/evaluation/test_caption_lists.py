@@ -52,6 +52,7 @@ def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (10, 1, "  "),
         (11, 1, "kept\n"),
         (12, 2, None),
+        (17, 2, "half \ud800"),
         (13, 3, "leaves"),
         (16, 6, "leaves"),
         (14, 9, "of no image"),
@@ -63,8 +64,9 @@ def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
     expected = {
         "annotation 10: caption '  '; must be a text, not empty",
         "annotation 12: caption None; must be a text, not empty",
+        "annotation 17: caption 'half \\ud800' holds half a character",
         "image 6: image '/e.png' must be a path in the folder of images",
-        "annotation 6: needs the numbers id and image_id, and caption",
+        "annotation 8: needs the numbers id and image_id, and caption",
         "annotation 7: needs the numbers id and image_id, and caption",
         "image 5: needs the number id, and file_name",
         "image 6: needs the number id, and file_name",

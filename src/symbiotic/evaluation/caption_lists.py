@@ -29,6 +29,7 @@ from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.assets import content_hash, digest
 from symbiotic.evaluation.context import Context, Gallery
 from symbiotic.evaluation.images import load_image
+from symbiotic.evaluation.tables import halved
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ".json, .jsonl, .txt"
@@ -162,7 +163,9 @@ def _captioned(number: str, caption: Any, image: Any = None, folder: Path = Path
 
 
 def _fault(caption: Any) -> str:
-    return "" if isinstance(caption, str) and caption.strip() else f"caption {caption!r}; must be a text, not empty"
+    if not isinstance(caption, str) or not caption.strip():
+        return f"caption {caption!r}; must be a text, not empty"
+    return f"caption {caption!r} holds half a character" if halved(caption) else ""
 
 
 # --------------------------------------------------------------------------- generated and real images

@@ -15,6 +15,7 @@ import numpy as np
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.images import load_image
+from symbiotic.evaluation.tables import halved
 
 ATTRIBUTES = ("digit", "foreground", "background", "layout")
 
@@ -80,6 +81,8 @@ def _caption(number: int, line: bytes, folder: Path) -> Caption:
     except (KeyError, TypeError) as error:
         text = f"needs the key {error}" if isinstance(error, KeyError) else "must be a mapping"
         raise DataError(text) from error
+    if halved(item.caption):
+        raise DataError(f"caption {item.caption!r} holds half a character")
     if not image.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"id {item.id!r} leaves the folder")
     return item

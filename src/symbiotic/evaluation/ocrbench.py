@@ -23,7 +23,7 @@ import numpy as np
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.images import load_image
-from symbiotic.evaluation.tables import parquet_rows, text_rows
+from symbiotic.evaluation.tables import halved, parquet_rows, text_rows
 
 FORMULAS = "HME100k"
 FORMULA_TYPE = "Handwritten Mathematical Expression Recognition"
@@ -158,6 +158,8 @@ def _json_entry(row: Mapping[str, Any], folder: Path) -> Entry | str:
         return answers
     if not isinstance(row["question"], str) or not isinstance(row["image_path"], str):
         return "question and image_path must be texts"
+    if any(map(halved, (row["question"], *answers))):
+        return "question or answers hold half a character"
     image = image_in(folder, row["image_path"])
     if isinstance(image, str):
         return image

@@ -49,7 +49,12 @@ def text_rows(path: Path, columns: int | None = None, delimiter: str = ",") -> I
 def _fault(fields: Sequence[str], columns: int) -> str:
     if len(fields) != columns:
         return f"{len(fields)} fields; must be {columns}"
-    return "not UTF-8" if any("\udc80" <= sign <= "\udcff" for field in fields for sign in field) else ""
+    return "not UTF-8" if any(halved(field) for field in fields) else ""
+
+
+def halved(text: str) -> bool:
+    """Whether a text holds half a character (a lone surrogate, as JSON may), which no tokenizer takes."""
+    return any("\ud800" <= sign <= "\udfff" for sign in text)
 
 
 def _records(reader: csv._reader) -> Iterator[tuple[list[str], str, int]]:  # type: ignore[name-defined]
