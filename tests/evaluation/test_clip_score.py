@@ -104,7 +104,9 @@ def test_a_missing_file_is_said(assets: Path, monkeypatch: pytest.MonkeyPatch) -
         MissingAsset, match=r"captions_val2014\.json.*SYMBIOTIC_ASSETS is not set.*clip_score\.captions"
     ):
         CLIPScore().protocol()
-    with pytest.raises(ConfigError, match=r"evaluation\.benchmarks\.clip_score\.num_images=0: must be at least 1"):
+    with pytest.raises(ConfigError, match=r"benchmarks\.clip_score\.num_images=0: must be a whole number, at least 1"):
+        ConfigError, match=r"evaluation\.benchmarks\.clip_score\.num_images=0: must be a whole number, at least 1"
+    ):
         CLIPScore(num_images=0)
 
 

@@ -265,7 +265,7 @@ def test_missing_assets_are_said(assets: Path, here: Context) -> None:
     (assets / "coco" / "captions_val2014.json").unlink()
     with pytest.raises(MissingAsset, match=r"coco/captions_val2014\.json.*fid\.captions"):
         measured(tiny(), here)
-    with pytest.raises(ConfigError, match=r"benchmarks\.fid\.kid_subset_size=1: must be at least 2"):
+    with pytest.raises(ConfigError, match=r"benchmarks\.fid\.kid_subset_size=1: must be a whole number, at least 2"):
         tiny(kid_subset_size=1)
 
 

@@ -13,9 +13,9 @@ import torch
 from factory import build
 from symbiotic.data.packing import Text, build_sample
 from symbiotic.data.tokenizer import BOS, EOS, Tokenizer
-from symbiotic.evaluation import continuations
+from symbiotic.evaluation import continuations, prompts
 from symbiotic.evaluation.benchmark import Record
-from symbiotic.evaluation.continuations import Continuation, batches_of_rows, continuation_scores
+from symbiotic.evaluation.continuations import Continuation, continuation_scores
 from symbiotic.evaluation.lm_eval_adapter import TASKS, Answering, cut, language_model, run_task
 from symbiotic.evaluation.prompts import answers, one_a_row
 from symbiotic.generation.text import last_logits
@@ -79,9 +79,8 @@ def test_continuations_of_one_token_share_a_row(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_long_rows_go_in_smaller_batches(monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module) -> None:
-    rows = [(0,) * n for n in (1, 2, 3, 4, 10, 11)]
-    monkeypatch.setattr(continuations, "MASK_PLACES", 32)
-    assert [len(some) for some in batches_of_rows(rows, 3)] == [3, 1, 1, 1]
+    monkeypatch.setattr(prompts, "MASK_PLACES", 32)
+    assert list(prompts.by_length([11, 1, 4, 2, 3, 10], 3)) == [[1, 3, 4], [2], [5], [0]]
     wanted = [answering(model).pair(*pair) for pair in PAIRS]
     small = continuation_scores(model, wanted, batch_size=3)
     monkeypatch.undo()

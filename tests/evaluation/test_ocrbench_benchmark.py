@@ -212,6 +212,9 @@ def test_images_that_cannot_be_used_are_named_and_the_rest_is_asked(
         "500x400 pixels; sides must be multiples of 4, at most 20, or resize=true",
         "20x18 pixels; sides must be multiples of 4, at most 20, or resize=true",
     ]
+    here = context()
+    assert run(OCRBench(str(folder), max_tokens=110), model, here)["ocrbench_share"].n == 0
+    assert here.problems[-1].endswith(" tokens of image and question, 100 of the answer; max_tokens=110")
 
 
 @pytest.mark.parametrize(

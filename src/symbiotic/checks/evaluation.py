@@ -46,6 +46,7 @@ def check_evaluation(config: EvalConfig, explicit: Mapping[str, str]) -> None:
         _unused(name, {**explicit, **study}, "it is about the report, which runs=FOLDER writes")
     _weights(config)
     at_least(config, "", 1, "threads")
+    require(config.threads <= 1024, "threads", config.threads, "must be at most 1024")
     require(config.seed is None or 0 <= config.seed < 2**32, "seed", config.seed, "must be in [0, 2**32), or null")
     device = re.fullmatch(r"(cpu|cuda|mps|xpu)(:\d+)?", config.device)
     require(bool(device), "device", config.device, "must be cpu, cuda, mps or xpu, or one of several, as in cuda:1")

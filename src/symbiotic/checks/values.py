@@ -74,6 +74,7 @@ def check(config: Config) -> None:
 def _run(config: Config) -> None:
     at_least(config, "", 0, "seed")
     at_least(config, "", 1, "threads log_every save_every probe_samples")
+    require(config.threads <= 1024, "threads", config.threads, "must be at most 1024")
     require(config.seed < 2**32, "seed", config.seed, "must be below 2**32")
     require(bool(re.fullmatch(r"[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
     known("metric", [config.metric], METRICS, "score")

@@ -31,6 +31,8 @@ def asset(path: str | None, *places: str, key: str, how: str) -> Path:
     Raises:
         MissingAsset: it is not there.
     """
+    if path is not None and not isinstance(path, str):
+        raise ConfigError(f"{key}={path}: must be a path, as text")
     if path:
         found = Path(path).expanduser()
         if found.exists():
@@ -53,8 +55,8 @@ def asset(path: str | None, *places: str, key: str, how: str) -> Path:
 def at_least(key: str, least: int, **values: int) -> None:
     """Raises ConfigError: a value that is too small. key: of the config, above the values' names."""
     for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{key}.{name}={value}: must be at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{key}.{name}={value}: must be a whole number, at least {least}")
 
 
 def package(name: str, extra: str) -> None:

@@ -5,7 +5,7 @@ Continuations of one token behind the same prompt (the letters of a choice) cost
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,10 +13,7 @@ from torch import Tensor, nn
 
 from symbiotic.data.packing import Text, build_sample
 from symbiotic.evaluation.benchmark import device_of
-from symbiotic.evaluation.prompts import one_a_row
-
-MASK_PLACES = 2**25
-"""Rows times squared width of a forward, at most: its attention mask takes so many bytes, its scores several times."""
+from symbiotic.evaluation.prompts import by_length, one_a_row
 
 
 class Continuation(NamedTuple):
@@ -42,21 +39,10 @@ def continuation_scores(model: nn.Module, wanted: Sequence[Continuation], batch_
     for one in wanted:
         last[one.row] = max(last[one.row], len(one.tokens))
     log_probs: dict[tuple[int, ...], Tensor] = {}
-    for some in batches_of_rows(rows, batch_size):
+    for places in by_length([len(row) for row in rows], batch_size):
+        some = [rows[i] for i in places]
         log_probs |= zip(some, _log_probs(model, some, [last[row] for row in some]), strict=True)
     return [_score(one, log_probs[one.row]) for one in wanted]
-
-
-def batches_of_rows(rows: Sequence[tuple[int, ...]], batch_size: int) -> Iterator[list[tuple[int, ...]]]:
-    """Consecutive rows, sorted by length, in batches that the memory of attention allows."""
-    some: list[tuple[int, ...]] = []
-    for row in rows:
-        if some and (len(some) == batch_size or (len(some) + 1) * len(row) ** 2 > MASK_PLACES):
-            yield some
-            some = []
-        some.append(row)
-    if some:
-        yield some
 
 
 def _log_probs(model: nn.Module, rows: Sequence[tuple[int, ...]], counts: Sequence[int]) -> list[Tensor]:

@@ -47,6 +47,7 @@ class MMLU(Benchmark):
     """`mmlu` (mean over all questions, 14,042 of them), `mmlu_macro` (mean over the subjects), `mmlu/stem` and the
     other categories, `mmlu/{subject}`.
 
+    Categories are those of lm-eval's mmlu (the authors' own script counts anatomy under other, not under STEM).
     A prompt has the first `shots` items of its subject's dev file; the answer is the letter of highest log-probability
     among " A" to " D". A prompt that is too long loses shots, the last first, as in the authors' script.
 

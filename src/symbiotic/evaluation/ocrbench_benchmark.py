@@ -12,7 +12,10 @@ from PIL import Image
 from torch import nn
 
 from symbiotic.data.errors import DataError
-from symbiotic.evaluation.assets import asset, content_hash
+from symbiotic.data.formats import reading_parts
+from symbiotic.data.packing import build_sample
+from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.evaluation.assets import asset, at_least, content_hash
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, mean
 from symbiotic.evaluation.caption_lists import files_hash
 from symbiotic.evaluation.context import Context
@@ -31,6 +34,8 @@ KEY = "evaluation.benchmarks.ocrbench"
 OCRBENCH_FROM = (
     "the authors' OCRBench.json and images, the parquet file of echo840/OCRBench, or VLMEvalKit's OCRBench.tsv"
 )
+MAX_NEW_TOKENS = 100
+MAX_TOKENS = 4096
 PATCH = 4
 """Pixels a side of the patches that are read, see `data.packing`."""
 
@@ -46,12 +51,21 @@ class OCRBench(Benchmark):
         images: of OCRBench.json; null: OCRBench_Images/ beside it.
         resize: images that the model cannot take as they are become as large as it takes (see `fitted`); without, they
             are named and left out.
+        max_tokens: of image, question and answer; longer entries are named and left out. null: no limit.
     """
 
     name = "ocrbench"
 
-    def __init__(self, path: str | None = None, images: str | None = None, resize: bool = True) -> None:
-        self.path, self.images, self.resize = path, images, resize
+    def __init__(
+        self,
+        path: str | None = None,
+        images: str | None = None,
+        resize: bool = True,
+        max_tokens: int | None = MAX_TOKENS,
+    ) -> None:
+        if max_tokens is not None:
+            at_least(KEY, 1, max_tokens=max_tokens)
+        self.path, self.images, self.resize, self.max_tokens = path, images, resize, max_tokens
 
     def found(self) -> Path:
         """Raises MissingAsset."""
@@ -64,7 +78,8 @@ class OCRBench(Benchmark):
             "files": files_hash(files),
             "images": content_hash(images) if files[0].suffix == ".json" else "in the file",
             "resize": self.resize,
-            "max_new_tokens": 100,
+            "max_new_tokens": MAX_NEW_TOKENS,
+            "max_tokens": self.max_tokens,
             "score": "OCRBench's rule",
             **task_facts("ocrbench"),
         }
@@ -73,7 +88,11 @@ class OCRBench(Benchmark):
         entries, problems = read_ocrbench(self.found(), self.images)
         context.problems += problems
         read = functools.partial(readable, largest=largest_side(model), resize=self.resize)
-        usable, _ = context.kept(context.first(entries), lambda entry: read(entry).shape)
+
+        def check(entry: Entry) -> None:
+            check_length(entry, read(entry), context.tokenizer, MAX_NEW_TOKENS, self.max_tokens)
+
+        usable, _ = context.kept(context.first(entries), check)
         answering = Answering(
             model,
             context.tokenizer,
@@ -84,6 +103,14 @@ class OCRBench(Benchmark):
         )
         run_task("ocrbench", [document(entry) for entry in usable], answering)
         yield from scores(answering.records)
+
+
+def check_length(entry: Entry, pixels: np.ndarray, tokenizer: Tokenizer, answer: int, max_tokens: int | None) -> None:
+    """Raises DataError: more tokens than `max_tokens`. answer: tokens that may be decoded."""
+    sample = build_sample(entry.id, "mmu", reading_parts(pixels, entry.question, tokenizer))
+    if max_tokens is not None and len(sample) + answer > max_tokens:
+        what = f"{len(sample)} tokens of image and question, {answer} of the answer"
+        raise DataError(f"{entry.where}: {what}; max_tokens={max_tokens}")
 
 
 def document(entry: Entry) -> Document:

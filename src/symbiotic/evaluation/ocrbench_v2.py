@@ -27,7 +27,7 @@ from symbiotic.evaluation.assets import asset, at_least, content_hash
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, mean
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.ocrbench import Entry, image_in, missing_keys, read_json_list
-from symbiotic.evaluation.ocrbench_benchmark import largest_side, readable
+from symbiotic.evaluation.ocrbench_benchmark import MAX_TOKENS, check_length, largest_side, readable
 from symbiotic.evaluation.prompts import answers
 
 KEY = "evaluation.benchmarks.ocrbench_v2"
@@ -67,15 +67,24 @@ class OCRBenchV2(Benchmark):
 
     Args:
         path: OCRBench_v2.json, or the folder with it; null: `ocrbench_v2/` of the assets. Images lie beside it.
-        resize: as of `OCRBench`.
+        resize, max_tokens: as of `OCRBench`.
         max_new_tokens: of greedy decoding. The benchmark sets none; its longest answers are whole pages.
     """
 
     name = "ocrbench_v2"
 
-    def __init__(self, path: str | None = None, resize: bool = True, max_new_tokens: int = 512) -> None:
+    def __init__(
+        self,
+        path: str | None = None,
+        resize: bool = True,
+        max_new_tokens: int = 512,
+        max_tokens: int | None = MAX_TOKENS,
+    ) -> None:
         at_least(KEY, 1, max_new_tokens=max_new_tokens)
-        self.path, self.resize, self.max_new_tokens = path, resize, max_new_tokens
+        if max_tokens is not None:
+            at_least(KEY, 1, max_tokens=max_tokens)
+        self.path, self.resize = path, resize
+        self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
 
     def found(self) -> Path:
         """Raises MissingAsset."""
@@ -89,6 +98,7 @@ class OCRBenchV2(Benchmark):
             "files": content_hash(path.parent),
             "resize": self.resize,
             "max_new_tokens": self.max_new_tokens,
+            "max_tokens": self.max_tokens,
             "score": "eval.py of the authors",
         }
 
@@ -108,7 +118,10 @@ class OCRBenchV2(Benchmark):
             texts = answers(model, samples, context.tokenizer, self.max_new_tokens, len(some))
             return [described(item, text) for item, text in zip(some, texts, strict=True)]
 
-        usable, _ = context.kept(context.first(items), lambda item: pixels(item).shape)
+        def check(item: Item) -> None:
+            check_length(item.image, pixels(item), context.tokenizer, self.max_new_tokens, self.max_tokens)
+
+        usable, _ = context.kept(context.first(items), check)
         records = context.measured(self.name, usable, measure)
         rows = [{**item.row, "predict": r["prediction"]} for item, r in zip(usable, records, strict=True)]
         results = export(rows, context.folder / "exports" / self.name)

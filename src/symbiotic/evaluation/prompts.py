@@ -6,7 +6,7 @@ and every other user of a trained model come through here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -21,6 +21,9 @@ from symbiotic.generation.text import greedy, last_logits
 from symbiotic.models.batch import Batch
 from symbiotic.schema import Objective
 
+MASK_PLACES = 2**25
+"""Rows times squared width of a forward, at most: its attention mask takes so many bytes, its scores several times."""
+
 
 def one_a_row(
     samples: Sequence[Sample], times: Sequence[float] | None = None, noises: Sequence[np.ndarray] | None = None
@@ -33,12 +36,28 @@ def one_a_row(
 def answers(
     model: nn.Module, samples: Sequence[Sample], tokenizer: Tokenizer, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """Greedily decoded answers to prompts (samples without their answer), words joined by spaces."""
-    decoded: list[str] = []
-    for some in batches(samples, batch_size):
-        tokens = greedy(model, one_a_row(some).to(device_of(model)), EOS, max_new_tokens)
-        decoded += [tokenizer.decode(row) for row in tokens]
+    """Greedily decoded answers to prompts (samples without their answer), words joined by spaces.
+
+    batch_size: rows of a forward, at most; see `by_length`.
+    """
+    decoded = [""] * len(samples)
+    for places in by_length([len(sample) + max_new_tokens for sample in samples], batch_size):
+        batch = one_a_row([samples[i] for i in places]).to(device_of(model))
+        for i, tokens in zip(places, greedy(model, batch, EOS, max_new_tokens), strict=True):
+            decoded[i] = tokenizer.decode(tokens)
     return decoded
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of rows, short ones first, in batches that the memory of attention allows: a long row pads no other."""
+    some: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if some and (len(some) == batch_size or (len(some) + 1) * lengths[i] ** 2 > MASK_PLACES):
+            yield some
+            some = []
+        some.append(i)
+    if some:
+        yield some
 
 
 def letter_log_probs(model: nn.Module, samples: Sequence[Sample], tokenizer: Tokenizer) -> Tensor:

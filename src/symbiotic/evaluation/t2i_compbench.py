@@ -57,6 +57,8 @@ class T2ICompBench(Composition):
 
     def __init__(self, prompts: str | None = None, images: int = 10, categories: Sequence[str] | None = None) -> None:
         at_least(KEY, 1, images=images)
+        if isinstance(categories, str):
+            raise ConfigError(f"{KEY}.categories={categories}: must be a list: [{categories}]")
         for category in categories or ():
             if category not in JUDGES:
                 raise ConfigError(f"{KEY}.categories: {category}: no such category; {near_miss(category, JUDGES)}")
