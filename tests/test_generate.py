@@ -172,7 +172,7 @@ def test_a_file_of_prompts_is_drawn_but_for_its_bad_lines(
 def test_files_without_a_usable_line(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for content, line in (
         (b"\n \n", "no line that can be used\n"),
-        (b"\xff", "cannot be read"),
+        (b"\xff", "line 1: not UTF-8"),
         (b"{", "; .*: line 1"),
     ):
         path = tmp_path / "p.jsonl"

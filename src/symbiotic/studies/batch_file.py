@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -40,24 +41,26 @@ def read_rows(path: str, cls: type[T], text: str, check: Callable[[T], None]) ->
         check: raises ConfigError for values that cannot be.
 
     Raises:
-        RunError: not readable, not UTF-8, or without a usable line.
+        RunError: not readable, or without a usable line.
     """
     rows: list[T] = []
     problems: list[str] = []
     try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{path}: cannot be read ({' '.join(str(error).split())})") from error
-    for number, line in enumerate(content.split("\n"), 1):  # not splitlines: U+2028 may stand inside a text
-        if not line.strip():
+        content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
+    for number, raw in enumerate(content.split(b"\n"), 1):  # not splitlines: U+2028 may stand inside a text
+        if not raw.strip():
             continue
         try:
+            line = raw.decode()
             value = {text: line.strip()} if Path(path).suffix == ".txt" else json.loads(line)
             row = parse(cls, value, "")
             check(row)
             rows.append(row)
         except (ValueError, RecursionError) as error:  # ConfigError is a ValueError
             why = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error).removeprefix("=")
+            why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why
             problems.append(f"{path}: line {number}: {' '.join(why.split())}")
     if not rows:
         raise RunError(f"{path}: no line that can be used{f'; {problems[0]}' if problems else ''}")
