@@ -202,6 +202,8 @@ def test_help_names_every_key_and_cfg_shows_them_all(capsys: pytest.CaptureFixtu
 
 
 def test_the_interval_of_a_share_is_wilsons() -> None:
+    assert wilson(0.0, 7)[0] == 0.0
+    assert wilson(1.0, 7)[1] == 1.0
     low, high = wilson(0.9, 50)  # by hand: centre (.9 + 3.8415/100)/(1 + 3.8415/50)
     assert (low, high) == (pytest.approx(0.78640, abs=1e-5), pytest.approx(0.95652, abs=1e-5))
     assert wilson(1.0, 10)[1] == pytest.approx(1.0)

@@ -102,6 +102,9 @@ def test_the_same_request_makes_the_same_bytes(run: Path, tmp_path: Path, capsys
     assert {name for name in times if times[name] == again[name]} == {"00000.png", "00001.png"}  # their whole batch
     assert main([*request[:-1], "batch_size=5", f"out={tmp_path / 'c'}"]) == 0
     assert tree(tmp_path / "c") == tree(a)
+    (a / "mine.png").write_bytes(b"")
+    assert main([f"run={run}", f"prompt={PROMPT}", "n=2", f"out={a}"]) == 0  # a smaller request for the same folder
+    assert set(tree(a)) == {"00000.png", "00001.png", "grid.png", "images.jsonl", "mine.png"}
 
 
 CHANGES = ("seed=1", "guidance=1", "steps=3", "time_shift=2", "size=24x16", "step=10", "prompt=blue 1 on teal bar top")
@@ -214,6 +217,7 @@ WRONG = {  # what is wrong -> exit status, and what the one line says
     "prompt=": (2, "prompt=: must hold at least one word"),
     "promt=red": (2, r"promt=red: no such key; did you mean 'prompt'\?"),
     "prompt=red n=0": (2, "n=0: must be at least 1"),
+    "prompt=red n=99999999999999999999": (2, "n=99999999999999999999: must be at most 100000"),
     "prompt=red n=two": (2, "n='two': must be int"),
     "prompt=red seed=-1": (2, "seed=-1: must be at least 0"),
     "prompt=red guidance=-1": (2, "guidance=-1: must be at least 0"),

@@ -82,6 +82,13 @@ def test_one_list_one_score_and_the_version_in_its_name(assets: Path, corpus: Pa
         HPSv2("v3")
 
 
+def test_a_cut_list_is_named_and_the_others_are_scored(assets: Path, corpus: Path) -> None:
+    (assets / "benchmark" / "anime.json").write_text('["red 7", ')
+    scores, here = measured(HPSv2(), corpus)
+    assert scores["hps_v2.1"].n == 3
+    assert [line for line in here.problems if "anime.json: not JSON" in line or "anime.json: not a JSON" in line]
+
+
 def test_missing_and_damaged_files(assets: Path, corpus: Path) -> None:
     with pytest.raises(MissingAsset, match=r"hps/HPS_v2_compressed\.pt.*hps_v2\.checkpoint"):
         HPSv2("v2").protocol()

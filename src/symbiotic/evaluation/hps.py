@@ -88,8 +88,15 @@ class HPSv2(Benchmark):
         lists, files = self.files()
         images, items = {}, []
         for path in lists:
-            read, problems = read_caption_list(path)
+            try:
+                read, problems = read_caption_list(path)
+            except DataError as error:
+                if len(lists) == 1:
+                    raise
+                read, problems = [], [str(error)]
             context.problems += problems
+            if not read:
+                continue
             chosen = context.first(read, self.num_images)
             images[path.stem] = generated(model, context, path, [item.caption for item in chosen])
             items += [(path.stem, i, item) for i, item in enumerate(chosen)]

@@ -4,6 +4,7 @@ it was made from in its text chunks."""
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def load_image(source: str | Path | bytes, name: str = "") -> np.ndarray:
     """
     name = name or ("image" if isinstance(source, bytes) else str(source))
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with _quiet(), Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{name}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
             return np.asarray(image.convert("RGB"))
@@ -38,6 +40,11 @@ def load_image(source: str | Path | bytes, name: str = "") -> np.ndarray:
         raise DataError(f"{name}: no such image") from None
     except Exception as error:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, ...
         raise DataError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def _quiet() -> warnings.catch_warnings[None]:
+    """Pillow's own warning about large images says less than our refusal."""
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
 
 
 def save_image(path: Path, pixels: np.ndarray, facts: Mapping[str, str]) -> Path:

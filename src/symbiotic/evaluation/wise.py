@@ -59,7 +59,12 @@ class WISE(Composition):
         prompts: dict[str, Prompt] = {}
         problems: list[str] = []
         for path in self.files():
-            for i, row in enumerate(read_json_list(path)):
+            try:
+                rows = read_json_list(path)
+            except DataError as error:
+                problems.append(str(error))
+                continue
+            for i, row in enumerate(rows):
                 try:
                     prompt = read_prompt(row)
                     if prompt.id in prompts:

@@ -20,7 +20,7 @@ from typing import Any
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.benchmark import batches, measuring, write_jsonl
-from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.context import Context, whole_lines
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image, save_image
 from symbiotic.evaluation.prompts import pictures
@@ -61,6 +61,7 @@ def draw(request: Request, jobs: Sequence[Job]) -> tuple[Path, int]:
     folder = Path(request.out) if request.out else trained.folder / "generated" / slug(jobs, facts)
     with readable_errors("write images", folder), locked(folder / ".lock"):
         made = draw_missing(folder, jobs, facts, context, trained)
+        remove_others(folder, len(jobs))
         write_index(folder, jobs, facts)
     return folder, made
 
@@ -135,6 +136,15 @@ def is_there(path: Path, facts: Facts) -> bool:
         return path.is_file() and image_facts(path) == facts
     except DataError:
         return False
+
+
+def remove_others(folder: Path, count: int) -> None:
+    """Images of an earlier, larger request for the same folder, which its index lists."""
+    index = folder / "images.jsonl"
+    listed = [str(row.get("file")) for row in whole_lines(index)] if index.is_file() else []
+    for name in listed:
+        if re.fullmatch(r"\d{5}\.png", name) and int(name[:5]) >= count:
+            (folder / name).unlink(missing_ok=True)
 
 
 def write_index(folder: Path, jobs: Sequence[Job], facts: Sequence[Facts]) -> None:

@@ -164,7 +164,7 @@ def row(name: str, score: Mapping[str, Any]) -> list[str]:
 def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:
     """95 % interval of a share of n (Wilson 1927)."""
     middle, spread = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - spread) / (1 + z * z / n), (middle + spread) / (1 + z * z / n)
+    return max(0.0, (middle - spread) / (1 + z * z / n)), min(1.0, (middle + spread) / (1 + z * z / n))
 
 
 def notes(results: Mapping[str, Any], seconds: Mapping[str, float], folder: Path) -> list[str]:

@@ -91,6 +91,9 @@ class Job(NamedTuple):
     number: int
 
 
+MOST = 100_000
+"""Images of one prompt."""
+
 READ = dict.fromkeys(("n", "seed", "steps", "step", "batch_size"), whole)
 READ |= {"guidance": number, "time_shift": number, "ema": flag}
 
@@ -121,6 +124,8 @@ def check_line(line: Line) -> None:
         value = getattr(line, name)
         if value is not None and value < least:
             raise ConfigError(f"{name}={value}: must be at least {least}")
+    if line.n is not None and line.n > MOST:
+        raise ConfigError(f"n={line.n}: must be at most {MOST}")
 
 
 def pixels(size: str | None) -> tuple[int, int] | None:
