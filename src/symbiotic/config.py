@@ -10,6 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
+import types
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -331,6 +333,21 @@ def save_config(config: Config, path: Path) -> None:
 # --------------------------------------------------------------------------- building objects
 
 
+PLAIN = (str, int, float, bool, types.NoneType)
+
+
+def check_types(cls: type, node: Mapping[str, Any], key: str) -> None:
+    """Raises ConfigError: an argument of another type than the class says, where it says texts, numbers or flags."""
+    try:
+        hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    except (NameError, TypeError):  # types that are imported for checkers only
+        return
+    for name, value in node.items():
+        hint = hints.get(name)
+        if all(one in PLAIN for one in (typing.get_args(hint) or (hint,))):
+            parse(hint, value, f"{key}.{name}")  # type: ignore[arg-type]
+
+
 def instantiate(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
     """Build what `_target_` names, with the node's arguments and `arguments`. The only such place in the project.
 
@@ -350,4 +367,5 @@ def instantiate(node: Mapping[str, Any], key: str, **arguments: Any) -> Any:
     if not cls.__module__.startswith(ALLOWED) and not f"{cls.__module__}.".startswith(ALLOWED):
         raise ConfigError(f"{key}._target_={target}: not allowed; it is defined in {cls.__module__}")
     check_arguments(key, target, node, signature_arguments(cls))
+    check_types(cls, node, key)
     return hydra.utils.instantiate({**node, "_partial_": True, "_convert_": "all"})(**arguments)

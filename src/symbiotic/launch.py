@@ -98,6 +98,8 @@ def one_line(error: BaseException) -> str | None:
         return f"the disk is full: {error.filename or error}; free some space or choose another folder"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {error.filename or error}; choose another folder (paths.runs, .data, .cache)"
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:60]}…: a name that no file can have: too long"
     if type(error).__name__ in ("ProcessRaisedException", "RemoteTraceback"):  # raised in a forked rank
         found = re.findall(rf"^(?:[\w.]+\.)?(?:{'|'.join(_EXPECTED)}): (.+)$", str(error), re.MULTILINE)
         return found[-1] if found else None

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from factory import build
 from symbiotic.data.errors import DataError
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Record
 from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.images import image_facts
+from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.schema import Objective, Sampler
 
 OBJECTIVE = Objective(sampler=Sampler(steps=2))
@@ -82,6 +83,15 @@ def test_items_that_cannot_be_prepared_are_named(corpus: Path) -> None:
     here = context(corpus, None)
     assert here.kept([1, 2, 3], prepare) == ([1, 3], [-1, -3])
     assert here.problems == ["item 2: broken"]
+
+
+def test_sixteen_bits_are_scaled_and_floats_refused(tmp_path: Path) -> None:
+    values = np.array([[0, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / "deep.png")
+    assert load_image(tmp_path / "deep.png")[0, :, 0].tolist() == [0, 1, 128, 255]
+    Image.fromarray(np.ones((2, 2), np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(DataError, match=r"float\.tiff: an image of floating-point numbers"):
+        load_image(tmp_path / "float.tiff")
 
 
 def test_a_gallery_is_drawn_once_and_says_what_it_was_made_from(corpus: Path, tmp_path: Path) -> None:

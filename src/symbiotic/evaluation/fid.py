@@ -93,6 +93,8 @@ class FID(Benchmark):
         at_least(KEY, 1, num_images=num_images, kid_subsets=kid_subsets, splits=splits, neighborhood=neighborhood)
         at_least(KEY, 2, kid_subset_size=kid_subset_size)
         at_least(KEY, 0, resamples=resamples)
+        if reference_size is not None:
+            at_least(KEY, 1, reference_size=reference_size)
         self.captions, self.images, self.reference, self.weights = captions, images, reference, weights
         self.extractor, self.reference_size, self.num_images = extractor, reference_size, num_images
         self.resamples, self.cache = resamples, cache

@@ -19,7 +19,7 @@ MAX_PIXELS = 40_000_000
 
 
 def load_image(source: str | Path | bytes, name: str = "") -> np.ndarray:
-    """uint8 [H, W, 3] of an image of any mode; transparency is dropped.
+    """uint8 [H, W, 3] of an image of any mode; transparency is dropped, 16 bits are scaled to 8.
 
     Args:
         source: a file, or its bytes. name: what messages call it; default the path.
@@ -33,13 +33,23 @@ def load_image(source: str | Path | bytes, name: str = "") -> np.ndarray:
         with _quiet(), Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{name}: {image.width}x{image.height} pixels; at most {MAX_PIXELS} are read")
-            return np.asarray(image.convert("RGB"))
+            return _eight_bit(image, name)
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{name}: no such image") from None
     except Exception as error:  # damaged files make Pillow raise OSError, ValueError, SyntaxError, struct.error, ...
         raise DataError(f"{name}: not a readable image ({type(error).__name__}: {error})") from error
+
+
+def _eight_bit(image: Image.Image, name: str) -> np.ndarray:
+    """Pillow cuts deeper channels off at 255; here 16 bits are scaled."""
+    if image.mode == "F":
+        raise DataError(f"{name}: an image of floating-point numbers; must have 8 or 16 bits a channel")
+    if not image.mode.startswith("I"):
+        return np.asarray(image.convert("RGB"))
+    gray = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+    return np.repeat(gray[..., None], 3, axis=-1)
 
 
 def _quiet() -> warnings.catch_warnings[None]:

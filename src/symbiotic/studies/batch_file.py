@@ -58,7 +58,7 @@ def read_rows(path: str, cls: type[T], text: str, check: Callable[[T], None]) ->
             row = parse(cls, value, "")
             check(row)
             rows.append(row)
-        except (ValueError, RecursionError) as error:  # ConfigError is a ValueError
+        except (ValueError, OSError, RecursionError) as error:  # ConfigError is a ValueError
             why = f"not JSON: {error}" if isinstance(error, json.JSONDecodeError) else str(error).removeprefix("=")
             why = "not UTF-8" if isinstance(error, UnicodeDecodeError) else why
             problems.append(f"{path}: line {number}: {' '.join(why.split())}")
