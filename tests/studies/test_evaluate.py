@@ -287,6 +287,14 @@ def test_litter_of_a_killed_write_is_swept(run: Path) -> None:
     assert contents(folder) == whole
 
 
+def test_a_damaged_part_is_measured_again(run: Path) -> None:
+    folder = evaluate_run(config(), run, quiet)
+    before = contents(folder)
+    part = folder / "parts" / "reading.json"
+    part.write_bytes(part.read_bytes()[:9])
+    assert contents(evaluate_run(config(), run, quiet)) == before
+
+
 def test_an_evaluation_that_never_ended_has_no_results(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such results"):
         read_results(tmp_path)

@@ -61,7 +61,7 @@ def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
         sweep(session.folder)
         asked = benchmark_names(config.evaluation, config.only)
         for name in session.protocols:
-            if name in asked and not session.part(name).is_file():
+            if name in asked and read_json(session.part(name)) is None:
                 session.adopt(name)
                 session.measure(name, say)
         session.write()
@@ -154,7 +154,8 @@ class Session:
 
     def write(self) -> None:
         """`results.json` from the parts, last; nothing is written that is there already."""
-        parts = {name: read_json(self.part(name)) for name in self.protocols if self.part(name).is_file()}
+        read = {name: read_json(self.part(name)) for name in self.protocols}
+        parts = {name: found for name, found in read.items() if found is not None}
         grid = self.folder / "grid.png"
         if not grid.is_file():
             draw_images(self.folder / "images", grid)
