@@ -358,3 +358,18 @@ def test_instantiate_builds_what_is_allowed(composer: Composer) -> None:
 def test_instantiate_refuses_the_rest(node: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"^key"):
         instantiate(node, "key")
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "line"),
+    [
+        ("mmlu_benchmark.MMLU", {"shots": 2.5}, "key.shots=2.5: must be int, not float"),
+        ("mmlu_benchmark.MMLU", {"folder": 3}, "key.folder=3: must be str, not int"),
+        ("ocrbench_benchmark.OCRBench", {"resize": "maybe"}, "key.resize='maybe': must be bool, not str"),
+        ("fid.FID", {"kid_subsets": None}, "key.kid_subsets=None: must be int"),
+    ],
+)
+def test_arguments_of_our_classes_have_their_types(target: str, argument: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        instantiate({"_target_": f"symbiotic.evaluation.{target}", **argument}, "key")
+    instantiate({"_target_": "symbiotic.evaluation.mmlu_benchmark.MMLU", "folder": None, "max_tokens": 9}, "key")

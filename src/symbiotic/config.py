@@ -333,18 +333,23 @@ def save_config(config: Config, path: Path) -> None:
 # --------------------------------------------------------------------------- building objects
 
 
-PLAIN = (str, int, float, bool, types.NoneType)
+PLAIN = (str, int, float, bool)
 
 
 def check_types(cls: type, node: Mapping[str, Any], key: str) -> None:
-    """Raises ConfigError: an argument of another type than the class says, where it says texts, numbers or flags."""
+    """Raises ConfigError: an argument of one of our classes that is of another type than it says, where it says text,
+    number or flag, or null beside one of them."""
+    if not cls.__module__.startswith("symbiotic."):
+        return
     try:
         hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
-    except (NameError, TypeError):  # types that are imported for checkers only
+    except NameError:  # types that are imported for checkers only
         return
     for name, value in node.items():
         hint = hints.get(name)
-        if all(one in PLAIN for one in (typing.get_args(hint) or (hint,))):
+        union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+        options = [one for one in (typing.get_args(hint) if union else (hint,)) if one is not types.NoneType]
+        if len(options) == 1 and options[0] in PLAIN:
             parse(hint, value, f"{key}.{name}")  # type: ignore[arg-type]
 
 
