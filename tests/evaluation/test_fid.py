@@ -22,7 +22,7 @@ from symbiotic.evaluation.benchmark import MissingAsset, Value, measuring
 from symbiotic.evaluation.caption_lists import load_real, read_caption_list
 from symbiotic.evaluation.clip_score import CLIPScore
 from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.fid import FID, INCEPTION_FILE
+from symbiotic.evaluation.fid import FID, INCEPTION, INCEPTION_FILE
 from symbiotic.evaluation.fidelity import Pixels, check_weights, read_statistics
 from symbiotic.evaluation.frechet import fit, frechet_distance, frechet_interval
 from symbiotic.evaluation.hps import HPSv2
@@ -60,7 +60,10 @@ def tiny(**arguments: Any) -> FID:
 
 def measured(benchmark: FID, here: Context) -> dict[str, Value]:
     with measuring(build("symbiotic", vocab_size=512)) as model:
-        return dict(benchmark.run(model, here))
+        found = dict(benchmark.run(model, here))
+    network = "" if benchmark.extractor == INCEPTION else f"@{benchmark.extractor}"  # of which it is no FID
+    assert all(name.endswith(network) for name in found)
+    return {name.removesuffix(network): value for name, value in found.items()}
 
 
 def pixels(images: list[np.ndarray]) -> Pixels:
@@ -299,10 +302,12 @@ def test_all_image_metrics_run_offline_and_share_their_images(assets: Path, corp
     tokenizer, model = Tokenizer.load(corpus / "tokenizer.json"), build("symbiotic", vocab_size=512)
     suite = Suite([tiny(), CLIPScore(num_images=9), HPSv2()], tokenizer, OBJECTIVE, batch_size=7)
     scores = suite.run(model, folder=tmp_path / "whole")
-    assert list(scores) == [*ALL, "clip_score", "clip_cosine", "hps_v2.1", "hps_v2.1/anime", "hps_v2.1/photo"]
+    features = [f"{name}@{TINY}" for name in ALL]  # a linear map is no Inception
+    assert list(scores) == [*features, "clip_score", "clip_cosine", "hps_v2.1", "hps_v2.1/anime", "hps_v2.1/photo"]
     assert not scores.missing | scores.failed
     assert all(np.isfinite(score) for score in scores.values())
-    assert all(metric(name).official and metric(name).side == "generation" for name in scores)
+    assert all(metric(name).side == "generation" for name in scores)
+    assert [name for name in scores if not metric(name).official] == features
     files = {path.relative_to(tmp_path / "whole"): path for path in (tmp_path / "whole").rglob("*.*")}
     assert len([name for name in files if name.suffix == ".png"]) == IMAGES + 5
     for name, path in files.items():

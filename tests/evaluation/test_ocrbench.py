@@ -137,7 +137,7 @@ def test_answers_may_be_a_text_a_list_or_a_number(folder: Path) -> None:
         (entry(answers=None), "entry 1: answers None"),
         (entry(answers={"a": 1}), "entry 1: answers"),
         (entry(question=5), "entry 1: question and image_path must be texts"),
-        (entry(question="half \ud800"), "entry 1: question or answers hold half a character"),
+        (entry(question="half \ud800"), "entry 1: holds half a character"),
         ({"id": 1}, "entry 1: no image_path, question, answers"),
         ("text", "entry 1: must be a mapping, not str"),
     ],

@@ -52,7 +52,7 @@ class Reference(NamedTuple):
 
 
 class FID(Benchmark):
-    """`fid`, `kid`, `inception_score`, `precision`, `recall`.
+    """`fid`, `kid`, `inception_score`, `precision`, `recall`; of another extractor `fid@EXTRACTOR` and so on.
 
     With reference statistics only `fid` and `inception_score`: the others need the real images. Precision and recall
     are those of FID's features (as in ADM's evaluation; their authors used a VGG).
@@ -171,7 +171,12 @@ class FID(Benchmark):
             cache=self.cache_folder(),
             resamples=self.resamples,
         )
-        yield from ((score, found.get(score, Value(float("nan"), len(gallery)))) for score in possible)
+        nothing = Value(float("nan"), len(gallery))
+        yield from ((self.called(score), found.get(score, nothing)) for score in possible)
+
+    def called(self, score: str) -> str:
+        """`fid`; on features of another network than Inception `fid@NETWORK`, which is no FID."""
+        return score if self.extractor == INCEPTION else f"{score}@{self.extractor}"
 
     def possible(self, made: int, real: int | None, problems: list[str]) -> dict[str, bool]:
         """Which scores so many images allow; the others get a line. real: None for statistics."""

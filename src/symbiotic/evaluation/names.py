@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -61,4 +61,7 @@ METRICS = EMBEDDED | OFFICIAL
 
 def metric(name: str) -> Metric:
     """Of a score; `mmlu/anatomy` has the facts of `mmlu`, and an unknown one stands for itself."""
+    base, at, _ = name.partition("@")
+    if at and base in METRICS:  # the same formula on other features, which is not the metric of that name
+        return replace(METRICS[base], title=name, official=False)
     return METRICS.get(name) or METRICS.get(name.split("/")[0]) or Metric(name, "understanding")

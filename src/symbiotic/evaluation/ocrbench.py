@@ -158,8 +158,8 @@ def _json_entry(row: Mapping[str, Any], folder: Path) -> Entry | str:
         return answers
     if not isinstance(row["question"], str) or not isinstance(row["image_path"], str):
         return "question and image_path must be texts"
-    if any(map(halved, (row["question"], *answers))):
-        return "question or answers hold half a character"
+    if halved(json.dumps(row, ensure_ascii=False, default=str)):
+        return "holds half a character"
     image = image_in(folder, row["image_path"])
     if isinstance(image, str):
         return image

@@ -29,6 +29,7 @@ from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.ocrbench import Entry, image_in, missing_keys, read_json_list
 from symbiotic.evaluation.ocrbench_benchmark import MAX_TOKENS, check_length, largest_side, readable
 from symbiotic.evaluation.prompts import answers
+from symbiotic.evaluation.tables import halved
 
 KEY = "evaluation.benchmarks.ocrbench_v2"
 OCRBENCH_V2_FROM = "the authors' archive has OCRBench_v2.json beside EN_part/ and CN_part/"
@@ -154,6 +155,8 @@ def _item(row: dict[str, Any], number: int, folder: Path) -> Item | str:
         return f"type {row['type']!r} is none of OCRBench v2"
     if not isinstance(row["question"], str) or not isinstance(row["image_path"], str):
         return "question and image_path must be texts"
+    if halved(json.dumps(row, ensure_ascii=False)):
+        return "holds half a character"
     image = image_in(folder, row["image_path"])
     if isinstance(image, str):
         return image
