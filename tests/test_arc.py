@@ -109,6 +109,18 @@ def test_arms_share_the_parent_and_dense_has_its_own(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache" / "stage0").iterdir())) == 2
 
 
+def test_a_parent_alone_is_made_once_and_then_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run(tmp_path, tmp_path / "runs", "parent_only=true")
+    (parent,) = (tmp_path / "cache" / "stage0").glob("*/parent.safetensors")
+    made = parent.stat().st_mtime_ns
+    assert not (Path(config.run_dir) / "init.safetensors").exists()
+    capsys.readouterr()
+    whole = run(tmp_path, tmp_path / "runs", "phases=none", "phases.steps=2", "evaluation.every=0")
+    assert "take the cached parent" in capsys.readouterr().out
+    assert parent.stat().st_mtime_ns == made
+    assert read_json(Path(whole.run_dir) / "summary.json")["parent"] == f"stage 0 {parent.parent.name}"
+
+
 def test_a_finished_run_is_not_run_again(shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = run(shared_tmp, tmp_path)
     first = (Path(config.run_dir) / "model.safetensors").stat().st_mtime_ns

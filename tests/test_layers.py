@@ -19,7 +19,7 @@ LAYERS = [
     {"generation", "data"},
     {"evaluation"},
     {"module", "callbacks"},
-    {"config", "checks", "hints", "launch", "arc", "fit", "runs", "studies", "trained"},
+    {"config", "checks", "hints", "claim", "launch", "arc", "fit", "runs", "studies", "trained"},
     {path.stem for path in SRC.glob("*.py")},  # the scripts
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,8 +10,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from symbiotic import runs
 from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError
-from symbiotic.runs import Journal, digest, load_state, read_json, replace_with, save_state, source_hash, write_json
+from symbiotic.runs import (
+    Journal,
+    digest,
+    load_state,
+    read_json,
+    replace_with,
+    run_code,
+    save_state,
+    source_hash,
+    write_json,
+)
 from symbiotic.schema import RunError
 
 
@@ -43,6 +55,20 @@ def test_digest_is_of_the_content() -> None:
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
     assert source_hash("models") != source_hash("data")
     assert source_hash() == source_hash()
+
+
+def test_the_code_of_a_run_is_what_computes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(runs.PACKAGE)
+    monkeypatch.setattr(runs, "PACKAGE", shutil.copytree(package, tmp_path / "symbiotic"))
+    before = run_code()
+    for name in ("launch.py", "studies/report.py", "claim.py"):
+        (tmp_path / "symbiotic" / name).write_text("# another report, another order of runs\n")
+    assert run_code() == before
+    for name in ("models/moe.py", "schema.py", "studies/benchmarks.py", "evaluation/embedded.py"):
+        (tmp_path / "symbiotic" / name).write_text("# another result\n")
+        changed = run_code()
+        assert changed != before, name
+        before = changed
 
 
 def test_the_journal_knows_the_time_of_last_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -75,7 +75,7 @@ PARENT_CODE = (
 
 
 def run(config: Config) -> float:
-    """Run the whole arc; returns the score named `metric` (NaN for a dry run).
+    """Run the whole arc; returns the score named `metric` (NaN for a dry run, or where only the parent is made).
 
     Raises:
         ConfigError, DataError, RunError: what is wrong, in one line.
@@ -110,12 +110,14 @@ class Arc:
 
     def run(self) -> float:
         done = summary.finished(self.folder, self.config)
-        if done is not None:
+        if done is not None and not self.config.parent_only:
             print(f"{self.folder} is finished; its summary:\n{(self.folder / 'summary.txt').read_text()}")
             return done
         self.prepare_data()
         try:
             parent = self.parent()
+            if self.config.parent_only:
+                return math.nan
             state = self.split(parent)
             scores = self.joint(state)
         except BaseException:

@@ -32,7 +32,7 @@ CONF = ROOT / "conf"
 
 VOLATILE = (
     *("hydra", "run_dir", "name", "paths", "threads", "dry_run", "log_every", "save_every", "metric", "logger"),
-    "study",
+    *("study", "parent_only"),
 )
 """Top-level keys that do not change what a run computes: they are left out of the run folder's hash. So are the seed,
 which the folder's name shows, `data.num_workers`, and the keys of the trainer that only say where the run runs."""

@@ -13,11 +13,13 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from symbiotic.claim import claimed
 from symbiotic.config import CONF, Composer, load
 from symbiotic.hints import explain
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
@@ -64,13 +66,15 @@ def run_arc(config: Config) -> float:
     # Before torch loads OpenMP: its threads spin at every barrier by default, and with the judges of images in a second
     # process on two cores a step then takes ten times as long. 10,000 turns cost nothing when the cores are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    from symbiotic.arc import run
+    folder = Path(config.run_dir)
+    with nullcontext() if config.dry_run else claimed(folder, "train there"):
+        from symbiotic.arc import run
 
-    try:
-        return float(run(config))
-    finally:
-        if config.dry_run:
-            _remove_empty(Path(config.run_dir))
+        try:
+            return float(run(config))
+        finally:
+            if config.dry_run:
+                _remove_empty(folder)
 
 
 def _remove_empty(folder: Path) -> None:

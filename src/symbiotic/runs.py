@@ -31,6 +31,19 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
+OUTSIDE = ("studies", "launch.py", "claim.py")
+"""Sources that start runs and read finished ones: a better table, or another order of runs, changes no result."""
+
+DECIDING = ("studies/benchmarks.py",)
+"""Of these, what decides a result all the same: which benchmarks a run is measured on."""
+
+
+def run_code() -> str:
+    """Hash of the sources that decide what a run computes."""
+    parts = (path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and path.name != "__pycache__")
+    return source_hash(*(part for part in parts if part not in OUTSIDE), *DECIDING)
+
+
 def source_hash(*parts: str) -> str:
     """Of the Python sources below these sub-packages (all, when none is named): results of other code do not mix."""
     roots = [PACKAGE / part for part in parts] or [PACKAGE]
@@ -45,7 +58,7 @@ def provenance() -> dict[str, str]:
     command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"code": source_hash(), "commit": commit, "python": platform.python_version(), **versions}
+    return {"code": run_code(), "commit": commit, "python": platform.python_version(), **versions}
 
 
 def replace_with(path: Path, write: Any) -> Path:

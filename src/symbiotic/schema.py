@@ -388,6 +388,7 @@ class Config:
     ablation: Any = None
     study: Any = None  # of which the run is a member; see `symbiotic.studies.study`
     metric: str = "knowledge_unreplayed"  # what train.py returns to a sweeper
+    parent_only: bool = False  # end when the corpus and the parent are there
 
 
 # --------------------------------------------------------------------------- evaluation of finished runs

@@ -1,0 +1,43 @@
+"""One process a folder: whoever claims it first holds it until it ends, however it ends. Standard library only."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from symbiotic.schema import RunError
+
+CLAIM = ".claim"
+
+
+@contextmanager
+def claimed(folder: Path, what: str) -> Iterator[None]:
+    """Hold the folder, which is made where it is not there; the claim of a dead process is free.
+
+    what: which work is refused, for the message: "train in this folder".
+
+    Raises:
+        RunError: another process holds it; its id and host are named.
+    """
+    path = folder / CLAIM
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise RunError(f"{error.filename or path}: cannot be written: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise RunError(f"{folder}: {owner} is at work in this folder; wait for it, or stop it, to {what}") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+        file.truncate(0)
