@@ -14,6 +14,10 @@ from symbiotic.schema import RunError
 CLAIM = ".claim"
 
 
+class Claimed(RunError):
+    """Another process is at work in the folder."""
+
+
 @contextmanager
 def claimed(folder: Path, what: str) -> Iterator[None]:
     """Hold the folder, which is made where it is not there; the claim of a dead process is free.
@@ -21,7 +25,8 @@ def claimed(folder: Path, what: str) -> Iterator[None]:
     what: which work is refused, for the message: "train in this folder".
 
     Raises:
-        RunError: another process holds it; its id and host are named.
+        Claimed: another process holds it; its id and host are named.
+        RunError: it cannot be written.
     """
     path = folder / CLAIM
     try:
@@ -35,9 +40,30 @@ def claimed(folder: Path, what: str) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             owner = file.read().strip() or "another process"
-            raise RunError(f"{folder}: {owner} is at work in this folder; wait for it, or stop it, to {what}") from None
+            raise Claimed(f"{folder}: {owner} is at work in this folder; wait for it, or stop it, to {what}") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
         file.truncate(0)
+
+
+@contextmanager
+def waiting(path: Path) -> Iterator[None]:
+    """One process at a time; a second one waits. The lock of a dead process is free."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def owner(folder: Path) -> str | None:
+    """Who is at work in a folder: `process 12 on HOST`; None where nobody is."""
+    try:
+        with (folder / CLAIM).open("r", encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return (folder / CLAIM).read_text(encoding="utf-8").strip() or "another process"
+    return None

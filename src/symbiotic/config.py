@@ -251,13 +251,16 @@ class Composer:
 
 
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
-    """The validated config that `python src/train.py OVERRIDES` would run; for tests and notebooks.
+    """The validated config that `python src/train.py OVERRIDES` would run; for studies, tests and notebooks.
 
     Raises:
         ConfigError: anything that is wrong with it, in one line.
     """
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
 
+    if GlobalHydra.instance().is_initialized():  # by the command line, whose folders of configs then count too
+        return Composer(config_name).config(overrides)
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
         return Composer(config_name).config(overrides)
 

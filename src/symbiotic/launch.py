@@ -12,7 +12,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,19 @@ from symbiotic.claim import claimed
 from symbiotic.config import CONF, Composer, load
 from symbiotic.hints import explain
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
+from symbiotic.studies import study_command
+from symbiotic.studies.member import run_member
 
 WRONG_CONFIG, FAILED, INTERRUPTED = 2, 1, 130
-_EXPECTED = ("ConfigError", "RunError", "CollapseStop", "DataError", "CheckpointError")  # some modules import torch
+_EXPECTED = (
+    "ConfigError",
+    "RunError",
+    "Claimed",
+    "OverBudget",
+    "CollapseStop",
+    "DataError",
+    "CheckpointError",
+)  # some modules import torch
 
 
 class Failure(float):
@@ -51,7 +61,8 @@ def job(cfg: DictConfig) -> float:
     try:
         raw = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(raw, dict)
-        return run_arc(load(raw, dict(hydra.runtime.choices), task))  # type: ignore[arg-type]
+        config = load(raw, dict(hydra.runtime.choices), task)  # type: ignore[arg-type]
+        return run_member(config, run_arc) if (config.study or {}).get("member") else run_arc(config)
     except Exception as error:
         line = one_line(error)
         if line is None:
@@ -181,20 +192,37 @@ def launch(args: argparse.Namespace) -> int:
     with initialize_config_dir(str(conf), version_base="1.3", job_name="train"):
         try:
             composer = Composer(args.config_name or "train")
-            multirun = prepare(composer, overrides, args.multirun)
+            start = prepare(composer, overrides, args.multirun)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return WRONG_CONFIG
-        return _run(composer, overrides, multirun)
+        return start()
 
 
-def prepare(composer: Composer, overrides: list[str], multirun: bool) -> bool:
-    """Compose and validate everything that will run. Returns whether it is a multirun (`-m`, or a study's mode).
+def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callable[[], int]:
+    """Compose and validate everything that will run. Returns what runs it, and gives the exit status.
 
     Raises:
         ConfigError: one of the runs is wrong.
     """
     master = composer.composed(overrides, multirun=True)
+    if study_command.study_in(master) is not None:
+        study, cells = study_command.plan(composer, master, overrides)
+        return lambda: interruptible(lambda: study_command.run(composer, master, study, cells, job))
+    multirun = prepare_runs(composer, master, overrides, multirun)
+    return lambda: interruptible(lambda: _run(composer, overrides, multirun))
+
+
+def interruptible(act: Callable[[], int]) -> int:
+    try:
+        return act()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return INTERRUPTED
+
+
+def prepare_runs(composer: Composer, master: DictConfig, overrides: list[str], multirun: bool) -> bool:
+    """Validate the runs that are no study's; returns whether they are several (`-m`, or the config's mode)."""
     if multirun or str(master.hydra.mode).endswith("MULTIRUN"):
         check_members(composer, master, overrides)
         return True
@@ -208,11 +236,7 @@ def _run(composer: Composer, overrides: list[str], multirun: bool) -> int:
     start = hydra.multirun if multirun else hydra.run
     mode = "MULTIRUN" if multirun else "RUN"
     _FAILURES.clear()
-    try:
-        returned = start(composer.config_name, job, [*overrides, f"hydra.mode={mode}"])
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return INTERRUPTED
+    returned = start(composer.config_name, job, [*overrides, f"hydra.mode={mode}"])
     return max((failure.status for failure in (*_FAILURES, *_failures(returned))), default=0)
 
 

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic.evaluation.names import metric
-from symbiotic.schema import Config, ConfigError
+from symbiotic.schema import Config, ConfigError, parse
 from symbiotic.studies.budget import Budget, budget, overhead
 from symbiotic.studies.cells import absent, by_arm, completed, one_per_cell, readable_runs
 from symbiotic.studies.runs_of import MISSING, AuditError, Run, config_keys, listed, plain, text
 from symbiotic.studies.sameness import attach_results, check_provenance, check_results, shared_facts
 from symbiotic.studies.statistics import Answers, Seeds
 from symbiotic.studies.study import Study, covers, find_controls, set_by_ablations, without_generation
-from symbiotic.trained import read_config
 
 GROUPS = {
     "architecture": ("system", "model"),
@@ -123,7 +122,7 @@ def audit_runs(
         AuditError, RunError: runs that cannot be compared, or no run at all.
         ConfigError: an unknown factor.
     """
-    runs, problems = readable_runs(folder)
+    runs, problems = readable_runs(folder, study)
     if factors is not None:
         study = check_factors(study, factors)
     sorted_out, more = by_arm(runs, study)
@@ -141,7 +140,7 @@ def audit_runs(
         Arm(name, tuple(found), controls.get(name), not without_generation(configs[name]))
         for name, found in arms.items()
     )
-    budgets = {name: budget(read_config(found[0].folder), found) for name, found in arms.items()}
+    budgets = {name: budget(parse(Config, found[0].config), found) for name, found in arms.items()}
     base = budgets[str(study.reference)]
     return Audit(
         study=study,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.runs import read_json
 from symbiotic.schema import KINDS, Config
 from symbiotic.studies.flops import Flops, count_flops
 from symbiotic.studies.inventory import classify, inventory
@@ -118,9 +116,8 @@ def token_ranges(counted: Sequence[Mapping[str, int] | None]) -> dict[str, tuple
 
 def receipt_of(runs: Sequence[Run]) -> dict[str, int]:
     """The parameters in the receipts of an arm's runs; empty where there is none, or they do not agree."""
-    found: list[Any] = [(read_json(run.folder / "receipt.json") or {}).get("parameters") for run in runs]
-    same = bool(found) and isinstance(found[0], dict) and all(one == found[0] for one in found)
-    return {name: int(value) for name, value in found[0].items()} if same else {}
+    found = [run.parameters for run in runs]
+    return (found[0] or {}) if found and all(one == found[0] for one in found) else {}
 
 
 def overhead(one: Budget, other: Budget) -> dict[str, int]:

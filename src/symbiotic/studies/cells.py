@@ -10,8 +10,10 @@ from typing import Any
 
 import yaml
 
-from symbiotic.schema import RunError
+from symbiotic.schema import Config, RunError, parse
+from symbiotic.studies import results_file
 from symbiotic.studies.compare import named_arms
+from symbiotic.studies.plan import with_seed
 from symbiotic.studies.runs_of import (
     MISSING,
     AuditError,
@@ -33,8 +35,9 @@ NEEDED = ("code", "commit", *VERSIONS)
 """Without these of its provenance, a run cannot be compared."""
 
 
-def readable_runs(folder: Path) -> tuple[list[Run], list[str]]:
-    """Finished runs with all of their provenance and a config of this code, and a line for each without.
+def readable_runs(folder: Path, study: Study) -> tuple[list[Run], list[str]]:
+    """Finished runs with all of their provenance and a config of this code, and a line for each without; those whose
+    folders are elsewhere from the rows of the study's results.
 
     Raises:
         AuditError: there is none.
@@ -52,9 +55,27 @@ def readable_runs(folder: Path) -> tuple[list[Run], list[str]]:
             problems.append(f"left out: {path}: it does not say its {', '.join(lacking)}; run it again")
         else:
             runs.append(run)
+    rows, lines = row_runs(folder, study, {run.folder.name for run in runs})
+    runs, problems = [*runs, *rows], [*problems, *lines]
     if not runs:
         why = f" ({problems[0]})" if problems else ""
         raise AuditError(f"{folder}: no finished run (a folder with summary.json) in here{why}")
+    return runs, problems
+
+
+def row_runs(folder: Path, study: Study, have: set[str]) -> tuple[list[Run], list[str]]:
+    """The runs of `results.csv` that are not among these names, and a line for each that is no run of the study."""
+    runs, problems = [], []
+    for row in results_file.read_rows(folder / results_file.FILE):
+        arm, seed = row["arm"], row["seed"]
+        if row["run"] in have:
+            continue
+        config = study.composed.get(arm)
+        declared = None if config is None else with_seed(parse(Config, config), int(seed)).run_dir
+        if config is None or Path(str(declared)).name != row["run"]:
+            problems.append(f"left out: {row['run']}, a row of {results_file.FILE}: arm {arm} is none, or another, now")
+        else:
+            runs.append(results_file.run_of(row, config, folder))
     return runs, problems
 
 

@@ -28,6 +28,7 @@ from symbiotic.studies.report_figures import gallery_pixels
 from symbiotic.studies.report_origin import config_hash, protocol_hash
 from symbiotic.studies.report_sections import document
 from symbiotic.studies.report_style import Look, montage, png
+from symbiotic.studies.results_file import FILE
 from symbiotic.studies.runs_of import Run
 from symbiotic.studies.study import Study, read_study
 
@@ -110,7 +111,8 @@ def drawings(made: Document, looks: Mapping[str, Look]) -> dict[str, np.ndarray]
 def date_of(study: StudyData) -> str:
     """Of SOURCE_DATE_EPOCH, else of the newest run; UTC."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    newest = max((run.folder / "summary.json").stat().st_mtime for run in study.runs)
+    files = [run.folder / "summary.json" for run in study.runs]
+    newest = max((path if path.is_file() else path.parent.parent / FILE).stat().st_mtime for path in files)
     return datetime.datetime.fromtimestamp(float(fixed or newest), datetime.UTC).strftime("%Y-%m-%d")
 
 

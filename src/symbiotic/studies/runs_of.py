@@ -64,6 +64,12 @@ class Run:
         return read_series(path) if path.is_file() else {}
 
     @cached_property
+    def parameters(self) -> dict[str, int] | None:
+        """What its receipt counts; None without one."""
+        found = self.summary.get("parameters") or (read_json(self.folder / "receipt.json") or {}).get("parameters")
+        return {name: int(value) for name, value in found.items()} if isinstance(found, dict) else None
+
+    @cached_property
     def anchors(self) -> dict[str, dict[str, float | None]]:
         """`stage 0` and `iteration 0` -> scores: embedded ones as the training measured them, official ones as
         evaluated."""

@@ -7,9 +7,10 @@ runs.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import yaml
@@ -51,8 +52,16 @@ class Study:
         step: that the numbers are of; null: the last one.
         reference: the arm that the others are compared with.
         factors: config keys in which arms may differ; a key covers all below it, `ablation` what an ablation sets.
-        arms: name -> overrides on top of the experiment. Empty: the arms are those that the runs have.
+        common: overrides of every arm.
+        arms: name -> overrides on top of these. Empty, and without a design: the arms are those that the runs have.
+        design: factor -> level -> overrides; every combination is an arm too, named by its levels. The first level of
+            a factor is the one that the others are held against.
+        leave_out: combinations that are no arms, as factor -> level; factors that are not named have any level.
         controls: arm -> its understanding-only control, where it is not the arm that differs in the mix only.
+        logged: names of metrics.csv that results.csv keeps beside the scores; `*` for any text.
+        budget_hours: no run of the study is begun once its runs took so many hours, those side by side added up.
+        retries: how often a run that failed is begun again.
+        member: in the config of a run of the study: the arm it is of.
     """
 
     name: str = "none"
@@ -62,14 +71,33 @@ class Study:
     step: int | None = None
     reference: str | None = None
     factors: tuple[str, ...] = ("system", "mix", "ablation")
+    common: tuple[str, ...] = ()
     arms: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    design: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
+    leave_out: tuple[dict[str, str], ...] = ()
     controls: dict[str, str] = field(default_factory=dict)
     hypotheses: tuple[Hypothesis, ...] = ()
+    logged: tuple[str, ...] = ()
+    budget_hours: float | None = None
+    retries: int = 1
+    member: str | None = None
+
+    @functools.cached_property
+    def levels(self) -> dict[str, dict[str, str]]:
+        """Arm -> factor -> level, for the arms of the design."""
+        chosen = (dict(zip(self.design, one, strict=True)) for one in itertools.product(*self.design.values()))
+        kept = [one for one in chosen if not any(left.items() <= one.items() for left in self.leave_out)]
+        return {", ".join(one.values()): one for one in kept if one}
+
+    def overrides(self, arm: str) -> list[str]:
+        """Those of an arm, on top of which only the seed is set."""
+        own = self.arms[arm]
+        return merged([f"experiment={self.experiment}", f"name={self.name}", *self.common, *own])
 
     @functools.cached_property
     def composed(self) -> dict[str, dict[str, Any]]:
         """Arm -> the plain config of its runs, seed aside. Raises ConfigError, naming the arm."""
-        return {name: _composed(f"study.arms.{name}", self.experiment, more) for name, more in self.arms.items()}
+        return {name: _composed(f"study.arms.{name}", tuple(self.overrides(name))) for name in self.arms}
 
 
 def read_study(name: str) -> Study:
@@ -91,13 +119,39 @@ def read_study(name: str) -> Study:
 
 def study_of(node: Mapping[str, Any]) -> Study:
     """From the content of its file. Raises ConfigError."""
-    study = parse(Study, node.get("study") or {}, "study")
+    study = with_design(parse(Study, node.get("study") or {}, "study"))
     if study.arms:
         _check_words(study)
         _check_arms(study)
-    elif study.hypotheses or study.controls:
-        raise ConfigError("study.arms: missing; hypotheses and controls are about named arms")
+    elif study.hypotheses or study.controls or study.common:
+        raise ConfigError("study.arms: missing; hypotheses, controls and common are about named arms")
     return study
+
+
+def with_design(study: Study) -> Study:
+    """With an arm for every combination of the design's levels. Raises ConfigError."""
+    for i, left in enumerate(study.leave_out):
+        for factor, level in left.items():
+            _known(f"study.leave_out[{i}]", factor, study.design)
+            _known(f"study.leave_out[{i}].{factor}", level, study.design[factor])
+    for factor, levels in study.design.items():
+        if len(levels) < 2:
+            raise ConfigError(f"study.design.{factor}: must have at least two levels")
+    made = {
+        arm: tuple(o for f, level in of.items() for o in study.design[f][level]) for arm, of in study.levels.items()
+    }
+    twin = next((arm for arm in made if arm in study.arms), None)
+    if twin is not None:
+        raise ConfigError(f"study.arms.{twin}: the design has an arm of that name; one of them needs another")
+    return replace(study, arms=study.arms | made)
+
+
+def merged(overrides: Sequence[str]) -> list[str]:
+    """With one `ablation=[...]` for all ablations that the overrides name, as Hydra takes a group only once."""
+    chosen = [o.removeprefix("ablation=").strip("[]") for o in overrides if o.startswith("ablation=")]
+    names = [name for text in chosen for name in text.split(",") if name != "none"]
+    others = [o for o in overrides if not o.startswith("ablation=")]
+    return [*others, f"ablation=[{','.join(dict.fromkeys(names))}]"] if names else others
 
 
 def without_generation(config: Mapping[str, Any]) -> bool:
@@ -150,20 +204,24 @@ def below(key: str, factor: str) -> bool:
 
 
 @functools.lru_cache
-def _composed(key: str, experiment: str, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _composed(key: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     seeds = [override for override in overrides if override.startswith("seed=")]
     if seeds:
         raise ConfigError(f"{key}: {seeds[0]}: seeds are the study's; set study.seeds")
     try:
-        return plain(compose([f"experiment={experiment}", *overrides]))
+        return plain(compose(overrides))
     except ConfigError as error:
         raise ConfigError(f"{key}: {error}") from error
 
 
 def _one_of(key: str, word: str, known: Iterable[str]) -> None:
+    _known(key, word, known, "the study's arms")
+
+
+def _known(key: str, word: str, known: Iterable[str], what: str = "the design's") -> None:
     known = list(known)
     if word not in known:
-        raise ConfigError(f"{key}={word}: must be one of the study's arms; {near_miss(word, known)}")
+        raise ConfigError(f"{key}={word}: must be one of {what}; {near_miss(word, known)}")
 
 
 def _check_words(study: Study) -> None:

@@ -1,0 +1,135 @@
+"""Runs a study: what is finished is found, the rest is begun in a good order, and all of it ends in a report.
+
+Whatever ends it (a kill, a dead worker, its budget), the same command goes on: runs resume from their checkpoints, and
+the summary is that of a study that nothing interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from symbiotic.claim import owner
+from symbiotic.runs import provenance
+from symbiotic.schema import RunError
+from symbiotic.studies import ledger, results_file
+from symbiotic.studies.member import RUNNER
+from symbiotic.studies.plan import Cell, Forecast, forecast, missing_parents
+from symbiotic.studies.runs_of import listed, read_run
+from symbiotic.studies.sameness import VERSIONS
+from symbiotic.studies.study import Study
+
+Launch = Callable[[Sequence[Sequence[str]]], Any]
+"""Overrides of jobs -> they have ended, well or not."""
+
+
+@dataclass
+class StudyRun:
+    """
+    Args:
+        folder: of all runs of the study. launch: by Hydra's launcher. processes: that it runs side by side; None where
+            it does not say (a cluster), and then parents and runs are launched one after the other.
+    """
+
+    study: Study
+    cells: Sequence[Cell]
+    folder: Path
+    launch: Launch
+    processes: int | None = 1
+    say: Callable[[str], None] = print
+
+    @property
+    def results(self) -> Path:
+        return self.folder / results_file.FILE
+
+    def prepare(self) -> None:
+        """Find what is finished, and give it its row.
+
+        Raises:
+            RunError: results of other code or versions, with which new ones do not mix.
+        """
+        finished = [cell for cell in self.cells if (cell.folder / "summary.json").is_file()]
+        rows = [results_file.row_of(read_run(cell.folder), cell.arm, self.study.logged) for cell in finished]
+        self._check_same([*results_file.read_rows(self.results), *rows])
+        results_file.add_rows(self.results, rows)
+
+    def _check_same(self, rows: Sequence[Mapping[str, str]]) -> None:
+        made = provenance()
+        for row in rows:
+            for name in ("code", *VERSIONS):
+                was = row.get(f"provenance:{name}", "")
+                if was != made[name]:
+                    help_ = (
+                        f"check out commit {row.get('provenance:commit', '?')} to go on, or give the study another name"
+                    )
+                    line = f"{row['run']} is of {name} {was or '?'}, this is {made[name]}; results do not mix: {help_}"
+                    raise RunError(f"{self.results}: {line}")
+
+    def left(self) -> list[Cell]:
+        """Runs without a row."""
+        have = {row["run"] for row in results_file.read_rows(self.results)}
+        return [cell for cell in self.cells if cell.run not in have]
+
+    def begin(self) -> list[Cell]:
+        """Of the runs that are left, those to begin: no other process is at them, and no alarm stopped them."""
+        stopped = {run for run, e in ledger.failures(ledger.read(self.folder)).items() if e.status == "stopped"}
+        return [cell for cell in self.left() if owner(cell.folder) is None and cell.run not in stopped]
+
+    def forecast(self) -> Forecast:
+        cells, entries = self.begin(), ledger.read(self.folder)
+        return forecast(cells, len(missing_parents(cells)), self.processes, ledger.timed(entries))
+
+    def run(self) -> bool:
+        """Whether every run has its row now."""
+        self.prepare()
+        os.environ[RUNNER] = str(os.getpid())
+        begun: dict[str, int] = {}
+        while cells := [cell for cell in self.begin() if begun.get(cell.run, 0) <= self.study.retries]:
+            again = [cell for cell in cells if cell.run in begun]
+            if again:
+                self.say(f"begun again: {listed(cell.run for cell in again)}")
+            self._launch(cells)
+            if self._over_budget():
+                break
+            failed = ledger.failures(ledger.read(self.folder))
+            for cell in cells:
+                hopeless = failed[cell.run].status != "failed" if cell.run in failed else False
+                begun[cell.run] = self.study.retries + 1 if hopeless else begun.get(cell.run, 0) + 1
+        return not self.left()
+
+    def _launch(self, cells: Sequence[Cell]) -> None:
+        """Parents first: then no run waits for one that is being made, nor a core for that run."""
+        parents = [[*parent.cell.overrides, "parent_only=true"] for parent in missing_parents(cells)]
+        runs = [list(cell.overrides) for cell in cells]
+        for batch in [[*parents, *runs]] if self.processes is not None else [parents, runs]:
+            if batch:
+                try:
+                    self.launch(batch)
+                except Exception as error:  # joblib gives up all jobs when one worker dies: the others are begun again
+                    self.say(f"a worker ended: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
+
+    def _over_budget(self) -> bool:
+        budget = self.study.budget_hours
+        return budget is not None and bool(self.left()) and ledger.hours(ledger.read(self.folder)) >= budget
+
+    def ending(self) -> list[str]:
+        """A line for every run that is not there, why, and what would help."""
+        left, entries = self.left(), ledger.read(self.folder)
+        failed = ledger.failures(entries)
+        lines = []
+        for cell in left:
+            why, at_work = failed.get(cell.run), owner(cell.folder)
+            text = f"{why.status}: {why.text}" if why else "not begun"
+            text = f"{at_work} is at work on it" if at_work else text
+            lines.append(f"missing: {cell.arm}, seed {cell.seed} ({cell.folder}): {text}")
+        if self._over_budget():
+            spent, budget = ledger.hours(entries), self.study.budget_hours
+            done = len(self.cells) - len(left)
+            lines.append(
+                f"stopped at the budget: {spent:.2f} of {budget:g} hours, {done} of {len(self.cells)} runs; "
+                "study.budget_hours=… and the same command go on"
+            )
+        return lines
