@@ -13,7 +13,7 @@ from symbiotic.schema import RunError
 from symbiotic.studies.results_file import FILE, add_rows, read_rows, row_of, run_of
 from symbiotic.studies.runs_of import plain, read_run
 
-HASHES = {"code": "123456789012", "commit": "1e5", "torch": "2.15", "numpy": "2.4", "lightning": "2.6", "python": "3.11"}
+HASHES = {"code": "123456789012", "commit": "1e5", "torch": "2.15", "numpy": "2.4", "lightning": "2.6"}
 
 
 def test_a_run_comes_back_as_it_went_in(tmp_path: Path) -> None:
