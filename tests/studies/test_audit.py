@@ -199,6 +199,42 @@ def test_an_ablation_covers_what_it_sets_and_no_more(runs: Path) -> None:
     assert "model.gen_fraction is 0.75" in refused(runs)
 
 
+PHASES = {
+    "shield": "until: '${phases.shield_steps}', shield: 1.0",
+    "joint": "until: '${phases.steps}', shield: '${complement:${phases.release_scale}}'",
+}
+FASTER = f"phases.list=[{','.join(f'{{name: {name}, {ends}, rate: {{gen: 10}}}}' for name, ends in PHASES.items())}]"
+"""The shipped phases, and a rate that no dial gives."""
+
+
+@pytest.mark.parametrize(
+    ("dials", "factors"),
+    [
+        (["ablation=no_shielding"], ["ablation"]),
+        (["ablation=no_shielding", "phases.steps=30"], ["ablation", "phases.steps"]),
+        (["phases.steps=30", "phases.shield_steps=30"], ["phases.steps", "phases.shield_steps"]),
+        (["phases=none", "phases.steps=20"], ["phases.shield_steps", "phases.release_scale"]),
+        (["model.gen_fraction=0.75"], ["model.gen_fraction"]),
+    ],
+)
+def test_what_follows_from_a_factor_is_no_difference_and_no_licence(
+    runs: Path, dials: list[str], factors: list[str]
+) -> None:
+    declared = ["system", "mix", *factors]
+    write_run(runs, "dialled", 0, *dials)
+    found = {row.key for row in audit_runs(runs, NONE, declared).differences}
+    assert not [key for key in found if key.startswith("phases.list.")]
+    write_run(runs, "sneaky", 0, *dials, FASTER)
+    line = refused(runs, NONE, factors=declared)
+    assert line.startswith(f"{runs / 'sneaky-seed0'} ")
+    assert ".rate.gen is 10, in other runs (no such key)" in line
+
+
+def test_pools_of_another_size_do_not_follow_from_the_dial(runs: Path) -> None:
+    write_run(runs, "sneaky", 0, "model.gen_fraction=0.25", "system.pools={und: null, gen: 0.75}")
+    assert "system.pools.gen is 0.75, in other runs" in refused(runs, factors=["system.name", "mix", "model"])
+
+
 def test_instruments_make_no_arm(runs: Path) -> None:
     write_run(runs, "watched", 2, "callbacks.sample_grid=null", "log_every=1", "threads=2")
     assert named(audit_runs(runs, NONE))["symbiotic"] == [0, 1, 2]

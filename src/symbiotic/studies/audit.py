@@ -22,6 +22,7 @@ from symbiotic.studies.runs_of import MISSING, AuditError, Run, config_keys, lis
 from symbiotic.studies.sameness import attach_results, check_provenance, check_results, shared_facts
 from symbiotic.studies.statistics import Answers, Seeds
 from symbiotic.studies.study import Study, covers, find_controls, set_by_ablations, without_generation
+from symbiotic.studies.written import as_written
 from symbiotic.trained import read_config
 
 GROUPS = {
@@ -159,12 +160,13 @@ def audit_runs(
 
 
 def differences(arms: Mapping[str, Sequence[Run]], study: Study) -> list[KeyDifference]:
-    """Every config key that is not the same in all runs, by groups.
+    """Every config key that is not the same in all runs, by groups; without what follows from one of them.
 
     Raises:
         AuditError: no factor covers it.
     """
-    keys = {run.folder: config_keys(plain(run.config)) for runs in arms.values() for run in runs}
+    written = as_written({run.folder: plain(run.config) for runs in arms.values() for run in runs})
+    keys = {path: config_keys(config) for path, config in written.items()}
     table, undeclared = [], []
     for key in dict.fromkeys(key for found in keys.values() for key in found):
         texts = {path: text(found.get(key, MISSING)) for path, found in keys.items()}
