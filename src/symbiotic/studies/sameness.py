@@ -8,11 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from symbiotic.runs import digest
+from symbiotic.runs import VERSIONS, digest
 from symbiotic.schema import Config, parse
 from symbiotic.studies.runs_of import MISSING, SHOWN, AuditError, Run, differing, listed
 
-VERSIONS = ("torch", "numpy", "lightning")
 IDENTITY = {
     "evaluation_code": "evaluation code",
     "versions": "versions in the evaluation",
