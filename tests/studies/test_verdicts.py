@@ -24,7 +24,7 @@ class Made:
     def values(self, score: str, step: int | None = None) -> Seeds:
         return self.numbers.get(score if step is None else f"{score}@{step}", {})
 
-    def anchor(self, name: str, score: str) -> Seeds:
+    def anchor(self, name: str, score: str, step: int | None = None) -> Seeds:
         return self.anchors.get(name, {})
 
     def answers(self, score: str, step: int | None = None) -> Answers:

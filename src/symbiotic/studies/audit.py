@@ -60,9 +60,9 @@ class Arm:
         found = {run.seed: run.score(score, step) for run in self.runs}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def anchor(self, name: str, score: str) -> Seeds:
-        """`stage 0` or `iteration 0`."""
-        found = {run.seed: run.anchors.get(name, {}).get(score) for run in self.runs}
+    def anchor(self, name: str, score: str, step: int | None = None) -> Seeds:
+        """`stage 0` or `iteration 0`, measured like the values at a step."""
+        found = {run.seed: run.anchor(name, score, step).get("value") for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
     def answers(self, score: str, step: int | None = None) -> Answers:

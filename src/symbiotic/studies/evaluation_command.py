@@ -35,9 +35,9 @@ been measured is not measured again, and what was interrupted goes on.
                      where an asset lies; without it, in the folder that SYMBIOTIC_ASSETS names. What is missing is
                      said in the table, and the rest is measured
   only=[a,b]         only these benchmarks: {embedded}, or configured ones
-  checkpoint=FILE    these weights, .safetensors or .ckpt (default: those that the run ended with)
-  step=N             the checkpoint of this optimiser step; 0: what joint training started from
-  ema=true           the averaged weights that the run ended with
+  checkpoint=FILE    of one run: these weights, .safetensors or .ckpt (default: those that the run ended with)
+  step=N             of one run: the checkpoint of this optimiser step; 0: what joint training started from
+  ema=true           of one run: the averaged weights that the run ended with
   seed=N             draws the noise that images start from (default: the run's own)
   sampler.steps=N  sampler.guidance=X  sampler.time_shift=X
                      image sampling (default: the run's own); part of the protocol

@@ -128,17 +128,17 @@ def results_csv(study: StudyData) -> str:
     """One row a run, step and score, with all that a number needs beside it."""
     import pandas as pd
 
-    rows = [row for arm in study.arms for run in arm.runs for row in rows_of(arm, run)]
+    rows = [row for arm in study.arms for run in arm.runs for row in rows_of(arm, run, study.step)]
     return str(pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n"))
 
 
-def rows_of(arm: ArmData, run: Run) -> list[dict[str, Any]]:
+def rows_of(arm: ArmData, run: Run, at: int | None) -> list[dict[str, Any]]:
     summary, made = run.summary, run.summary["provenance"]
     facts = {"arm": arm.name, "seed": run.seed, "code": made["code"], "commit": made["commit"]}
     facts |= {"data": summary["data"], "config": config_hash(run)}
     rows: list[dict[str, Any]] = []
-    for anchor, scores in run.anchors.items():
-        rows += [{"step": anchor, "source": "anchor", "score": name, "value": v} for name, v in scores.items()]
+    for anchor, known in run.anchors(at).items():
+        rows += [{"step": anchor, "source": "anchor", "score": name, **found} for name, found in known.items()]
     evaluated = run.results.get("scores", {})
     for step, scores in sorted(run.scores.items()):
         n = summary["n"] if step == run.last else {}
@@ -146,17 +146,8 @@ def rows_of(arm: ArmData, run: Run) -> list[dict[str, Any]]:
             {"step": step, "source": "training", "score": name, "value": value, "n": n.get(name)}
             for name, value in scores.items()
         ]
-    for name, score in evaluated.items():
-        numbers = {key: score.get(key) for key in ("value", "n", "low", "high")}
-        rows.append(
-            {
-                "step": run.results["step"],
-                "source": "evaluation",
-                "score": name,
-                **numbers,
-                "protocol": protocol_hash(run),
-            }
-        )
+    of = {"step": run.last, "source": "evaluation", "protocol": protocol_hash(run)}
+    rows += [{**of, "score": name, **found} for name, found in evaluated.items()]
     return [
         facts | row | {"chance": metric(row["score"]).chance, "better": metric(row["score"]).better} for row in rows
     ]

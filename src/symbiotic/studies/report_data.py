@@ -41,14 +41,13 @@ class ArmData(Arm):
     def has(self, score: str) -> bool:
         return self.generates or metric(score).side != "generation"
 
-    def samples(self, score: str) -> set[int]:
+    def samples(self, score: str, step: int | None = None) -> set[int]:
         """How many the score rests on; more than one number where runs differ."""
-        found = (evaluated(run, score).get("n", run.summary.get("n", {}).get(score)) for run in self.runs)
-        return {int(n) for n in found if n is not None}
+        return {n for run in self.runs if (n := run.samples(score, step)) is not None}
 
     def resampled(self, score: str) -> Interval | None:
         """The benchmark's own interval of an arm with one run, of a score that is no mean over samples."""
-        found = evaluated(self.runs[0], score) if len(self.runs) == 1 else {}
+        found = self.runs[0].evaluated(score) if len(self.runs) == 1 else {}
         low, high = found.get("low"), found.get("high")
         return None if low is None or high is None else (low, high)
 
@@ -121,15 +120,10 @@ def is_part(score: str) -> bool:
     return "/" in score and score not in METRICS
 
 
-def evaluated(run: Run, score: str) -> Mapping[str, float | None]:
-    found: Mapping[str, float | None] = run.results.get("scores", {}).get(score, {})
-    return found
-
-
 def measured(run: Run) -> list[str]:
     """Names of the scores that a run has, at any step."""
-    last = {name: None for name in run.results.get("scores", {}) if run.evaluated_at(run.last)}
-    return list({name: None for scores in run.scores.values() for name in scores} | last)
+    trained = dict.fromkeys(name for scores in run.scores.values() for name in scores)
+    return list(trained | dict.fromkeys(run.results.get("scores", {})))
 
 
 def series(run: Run, name: str) -> Series:

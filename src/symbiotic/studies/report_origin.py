@@ -88,7 +88,7 @@ def glossary(study: StudyData) -> list[Block]:
     terms = {}
     for side in SIDES:
         for name in tables.scores_of(study.arms, side):
-            facts, counts = metric(name), sorted({n for arm in study.arms for n in arm.samples(name)})
+            facts, counts = metric(name), sorted({n for arm in study.arms for n in arm.samples(name, study.step)})
             what = [MEANINGS.get(name, "as its benchmark defines it")]
             what += [f"{facts.better} is better"]
             what += [f"chance {facts.chance:g}"] if facts.chance is not None else []

@@ -86,13 +86,13 @@ def title(name: str, facts: Metric) -> str:
     return facts.title if not is_part(name) else f"{facts.title}: {name.split('/', 1)[1]}"
 
 
-def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str]) -> list[Row]:
+def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str], step: int | None) -> list[Row]:
     """Stage 0, and iteration 0 (behind the split), once for all arms that have the same values there."""
     rows = []
     for name in ("stage 0", "iteration 0"):
         groups: list[tuple[list[str], dict[str, Seeds]]] = []
         for arm in arms:
-            values = {score: arm.anchor(name, score) for score in scores}
+            values = {score: arm.anchor(name, score, step) for score in scores}
             if any(values.values()):
                 group = next((group for group in groups if agree(group[1], values)), None)
                 if group is None:
@@ -137,7 +137,7 @@ def main_table(
     scores = scores_of(arms, side)
     if not scores:
         return None
-    rows = anchor_rows(arms, scores)
+    rows = anchor_rows(arms, scores, step)
     for arm in arms:
         cells = []
         for score in scores:
@@ -150,7 +150,7 @@ def main_table(
                 Cell(mean_sd(values, digits), "; ".join(filter(None, notes)), found is not None and found.sure)
             )
         rows.append(arm_row(arm, cells, pictures))
-    columns = [score_column(score, {n for arm in arms for n in arm.samples(score)}) for score in scores]
+    columns = [score_column(score, {n for arm in arms for n in arm.samples(score, step)}) for score in scores]
     text = "One seed, so neither deviation nor interval; below a score, the difference to the reference arm."
     if paired(arms):
         text = f"{SPREAD}; below it, the difference to {reference}, paired by seed, with its 95 % t interval"
@@ -187,7 +187,7 @@ def parts_table(arms: Sequence[ArmData], side: str, step: int | None) -> Table |
     scores = scores_of(arms, side, parts=True)
     rows = []
     for score in scores:
-        facts, counts = metric(score), {n for arm in arms for n in arm.samples(score)}
+        facts, counts = metric(score), {n for arm in arms for n in arm.samples(score, step)}
         cells = [Cell(mean_sd(list(arm.values(score, step).values()), facts.digits)) for arm in arms]
         rows.append(Row(f"{title(score, facts)} {arrow(facts.better)}", cells, note=score_column(score, counts).note))
     caption = "Parts of benchmarks: subjects, groups, categories." + (f" {SPREAD}." if paired(arms) else "")

@@ -18,7 +18,6 @@ IDENTITY = {
     "sampler": "sampler",
     "size": "image size",
     "data": "corpus",
-    "ema": "choice of averaged weights",
 }
 """Keys of results.json that decide its scores, and what they are called."""
 
@@ -73,7 +72,6 @@ def check_results(runs: Sequence[Run]) -> None:
     runs = [run for run in runs if run.results]
     for key, what in IDENTITY.items():
         refuse(runs, what, lambda run, key=key: run.results.get(key))  # type: ignore[misc]
-    refuse(runs, "evaluated step", lambda run: "last" if run.results["step"] == run.last else run.results["step"])
     if len({run.results["seed"] for run in runs}) > 1:  # not one seed for all: then each run's own
         refuse(runs, "seed of the images, next to its own,", lambda run: run.results["seed"] - run.seed)
     for benchmark in dict.fromkeys(name for run in runs for name in run.results["protocol"]):

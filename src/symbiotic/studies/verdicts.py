@@ -50,7 +50,7 @@ class Scored(Protocol):
 
     def values(self, score: str, step: int | None = None) -> Seeds: ...
 
-    def anchor(self, name: str, score: str) -> Seeds: ...
+    def anchor(self, name: str, score: str, step: int | None = None) -> Seeds: ...
 
     def answers(self, score: str, step: int | None = None) -> Answers: ...
 
@@ -93,7 +93,7 @@ def forgetting(
 ) -> dict[tuple[str, str], Comparison]:
     """(arm, score) -> against stage 0, the parent of the same seed."""
     pairs = [(arm, score) for score in scores for arm in arms]
-    found = {(a.name, score): compare(a.values(score, step), a.anchor(STAGE0, score)) for a, score in pairs}
+    found = {(a.name, score): compare(a.values(score, step), a.anchor(STAGE0, score, step)) for a, score in pairs}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -166,7 +166,7 @@ def two_sides(hypothesis: Hypothesis, arms: Mapping[str, Scored], step: int | No
     if arm is None:
         return None
     if hypothesis.against in (STAGE0, ITERATION0):
-        other: Seeds = arm.anchor(hypothesis.against, hypothesis.metric)
+        other: Seeds = arm.anchor(hypothesis.against, hypothesis.metric, at)
     else:
         name = arm.control if hypothesis.against == CONTROL else hypothesis.against
         if name is None or name not in arms:
