@@ -317,6 +317,8 @@ def test_a_folder_of_runs_is_audited_measured_and_reported(
     (folder,) = (one / "evaluation").glob("step=*/results.json")
     assert set(read_json(folder)["protocol"]) == {"knowledge", "reading"}
     assert {"report.md", "report.html", "results.csv"} <= {path.name for path in (runs / "report").iterdir()}
+    command = f"python src/eval.py runs={runs} evaluation=smoke 'only=[knowledge,reading]'"
+    assert command in (runs / "report" / "report.md").read_text()
     assert str(runs / "report" / "report.html") in printed
     shutil.rmtree(one / "evaluation")
     assert main([f"runs={runs}", SMOKE, "evaluate=false", f"report={tmp_path / 'other'}"]) == 0

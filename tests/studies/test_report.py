@@ -31,6 +31,7 @@ STUDY = {
         {"claim": "it reads worse", "metric": "reading", "expect": "lower", **BETWEEN},
     ],
 }  # fmt: skip
+COMMAND = "python src/eval.py runs=made_up 'only=[reading]'"
 SECTIONS = ("summary", "verdicts", "results", "forgetting", "curves", "routing", "samples", "audit", "provenance")
 
 
@@ -47,7 +48,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(study: Study, runs: Path) -> Path:
     folder = runs.parent / "report"
-    report_of(study, runs, folder)
+    report_of(study, runs, folder, command=COMMAND)
     return folder
 
 
@@ -178,7 +179,7 @@ def test_the_audit_lists_keys_costs_and_provenance(markdown: str) -> None:
     audit, origin = section(markdown, "Audit"), section(markdown, "Provenance")
     assert re.search(r"\| system\.name<br><sub>architecture</sub> \| system \| standard_moe \| symbiotic \|", audit)
     assert re.search(r"\| und \|( [\d,.]+ \|){12,}", audit)
-    assert "python src/eval.py runs=" in origin
+    assert COMMAND in origin
     assert origin.count("-0a1b2c3d-seed") == 9
     assert MADE["commit"] in origin
 
@@ -202,7 +203,7 @@ def test_the_csv_holds_every_number_of_the_runs(runs: Path, report: Path) -> Non
 
 def test_the_same_runs_give_the_same_bytes(study: Study, runs: Path, report: Path) -> None:
     before = {path: path.read_bytes() for path in report.rglob("*") if path.is_file()}
-    made = report_of(study, runs, report)
+    made = report_of(study, runs, report, command=COMMAND)
     assert {path: path.read_bytes() for path in made} == before
 
 

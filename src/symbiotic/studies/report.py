@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,18 +38,24 @@ COLUMNS = (
 
 
 def write_report(
-    runs: Path, study: str, factors: Sequence[str] | None, folder: Path, evaluation: EvalConfig | None
+    runs: Path,
+    study: str,
+    factors: Sequence[str] | None,
+    folder: Path,
+    evaluation: EvalConfig | None = None,
+    command: str = "",
 ) -> list[Path]:
     """Audit, compare, write; returns the files.
 
     Args:
         runs: every finished run below it. study: an option of `conf/study`. factors: instead of the study's.
         evaluation: what the runs were evaluated with. None, or one with `evaluate=false`: whatever was evaluated.
+        command: that makes this report, for the reader to repeat.
 
     Raises:
         ConfigError, AuditError, RunError: a study or runs that cannot be compared; nothing is written then.
     """
-    return report_of(read_study(study), runs, folder, factors, evaluation)
+    return report_of(read_study(study), runs, folder, factors, evaluation, command)
 
 
 def report_of(
@@ -59,11 +64,12 @@ def report_of(
     folder: Path,
     factors: Sequence[str] | None = None,
     evaluation: EvalConfig | None = None,
+    command: str = "",
 ) -> list[Path]:
     """`write_report` of a study that was read."""
     audit = audit_runs(runs, study, factors, lambda run: evaluation_of(run, evaluation))
     data = StudyData.of(audit)
-    made = document(data, audit_blocks(audit), command_of(runs, study.name, factors, folder), date_of(data))
+    made = document(data, audit_blocks(audit), command, date_of(data))
     return write_files(data, made, folder)
 
 
@@ -112,13 +118,6 @@ def date_of(study: StudyData) -> str:
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
     newest = max((run.folder / "summary.json").stat().st_mtime for run in study.runs)
     return datetime.datetime.fromtimestamp(float(fixed or newest), datetime.UTC).strftime("%Y-%m-%d")
-
-
-def command_of(runs: Path, study: str, factors: Sequence[str] | None, folder: Path) -> str:
-    words = [f"runs={runs}", f"study={study}"]
-    words += [f"factors=[{','.join(factors)}]"] if factors is not None else []
-    words += [f"report={folder}"] if folder != runs / "report" else []
-    return shlex.join(["python", "src/eval.py", *words])
 
 
 # --------------------------------------------------------------------------- results.csv

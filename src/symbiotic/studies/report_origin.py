@@ -65,9 +65,10 @@ def provenance(study: StudyData, command: str) -> list[Block]:
     listed = {name: text for name, text in versions.items() if name not in ("code", "commit")}
     text = f"Versions of the training: {', '.join(f'{name} {version}' for name, version in listed.items())}."
     caption = "Every run behind this report. Hashes: of the config, the package's sources, the corpus, the protocols."
+    made_by: list[Block] = [Text(["This report was made by:"]), Code(command)] if command else []
     return [
-        Text([text, "This report was made by:"]),
-        Code(command),
+        Text([text]),
+        *made_by,
         Folded(f"{counted(len(rows), 'run')}, one by one", [Table(caption, columns, rows, words=True)]),
     ]
 
