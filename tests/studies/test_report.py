@@ -125,6 +125,32 @@ def scored(runs: Path, arm: str, seed: int) -> dict[str, float]:
     return {name: score["value"] for name, score in evaluated(runs, arm, seed)["scores"].items()}
 
 
+def test_distances_have_an_interval_from_their_samples_over_all_seeds(markdown: str) -> None:
+    """Half widths of 9 in each of three seeds: 9 / sqrt 3 around the mean, 51."""
+    generation = section(markdown, "Results").split("*Generation")[1]
+    assert "Resampled: 95 % interval of the mean by the images drawn" in generation
+    assert "| 51.0 ± 1.0<br><sub>reference; resampled 45.8 to 56.2</sub> |" in generation
+
+
+def test_a_seed_without_a_number_is_said_at_the_cell_and_among_the_problems(
+    study: Study, runs: Path, tmp_path: Path
+) -> None:
+    root = copied(runs, tmp_path / "runs")
+    path = next(root.glob("standard_moe-0a1b2c3d-seed1/evaluation/*/results.json"))
+    results = read_json(path)
+    results["scores"]["reading"]["value"] = None
+    write_json(path, results)
+    report_of(study, root, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    row = next(line for line in section(text, "Results").splitlines() if line.startswith("| standard<"))
+    assert "<br><sub>reference; n 2 of 3 seeds</sub>" in row
+    assert row.count("of 3 seeds") == 1
+    line = "no number for reading: standard, seed 1; its means are over the others"
+    assert line in section(text, "Summary")
+    assert line in section(text, "Audit")
+    assert "No run of the study is missing" not in text
+
+
 def test_official_scores_come_first_and_parts_of_benchmarks_have_a_table_of_their_own(page: str, markdown: str) -> None:
     results = section(markdown, "Results")
     assert results.split("\n|")[1].startswith(" arm | OCRBench ↑<br><sub>n 1000</sub> | knowledge, not replayed ↑")

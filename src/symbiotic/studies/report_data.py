@@ -11,7 +11,7 @@ from symbiotic.studies.audit import Arm, Audit
 from symbiotic.studies.curves import Series
 from symbiotic.studies.report_style import Look
 from symbiotic.studies.runs_of import Run
-from symbiotic.studies.statistics import Comparison, Interval
+from symbiotic.studies.statistics import Comparison, Interval, resampling_interval
 from symbiotic.studies.verdicts import Verdict, differences, forgetting, interference, verdicts
 
 Pair = tuple[str, str]
@@ -33,23 +33,25 @@ class ArmData(Arm):
     @cached_property
     def scores(self) -> dict[str, list[Series]]:
         """Score -> its values over the steps, one series a run; the last value is that of the evaluation."""
-        names = dict.fromkeys(name for run in self.runs for name in measured(run))
+        measured = {run.seed: {name for step in run.steps for name in run.names(step)} for run in self.runs}
+        names = dict.fromkeys(name for run in self.runs for step in run.steps for name in run.names(step))
         return {
-            name: [series(run, name) for run in self.runs if name in measured(run)] for name in names if self.has(name)
+            name: [series(run, name) for run in self.runs if name in measured[run.seed]]
+            for name in names
+            if self.has(name)
         }
-
-    def has(self, score: str) -> bool:
-        return self.generates or metric(score).side != "generation"
 
     def samples(self, score: str, step: int | None = None) -> set[int]:
         """How many the score rests on; more than one number where runs differ."""
         return {n for run in self.runs if (n := run.samples(score, step)) is not None}
 
-    def resampled(self, score: str) -> Interval | None:
-        """The benchmark's own interval of an arm with one run, of a score that is no mean over samples."""
-        found = self.runs[0].evaluated(score) if len(self.runs) == 1 else {}
-        low, high = found.get("low"), found.get("high")
-        return None if low is None or high is None else (low, high)
+    def resampled(self, score: str, step: int | None = None) -> Interval | None:
+        """Of the mean over its seeds, from the benchmark's own interval in each: for a score that is no mean."""
+        seeds = self.values(score, step)
+        found = [run.evaluated(score, step) for run in self.runs if run.seed in seeds]
+        triples = [(one["value"], one["low"], one["high"]) for one in found if one]
+        known = [triple for triple in triples if None not in triple]
+        return resampling_interval(known) if len(known) == len(seeds) else None
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,8 @@ def is_part(score: str) -> bool:
     return "/" in score and score not in METRICS
 
 
-def measured(run: Run) -> list[str]:
-    """Names of the scores that a run has, at any step."""
-    trained = dict.fromkeys(name for scores in run.scores.values() for name in scores)
-    return list(trained | dict.fromkeys(run.results.get("scores", {})))
-
-
 def series(run: Run, name: str) -> Series:
     """A score over the steps, as `Run.score` gives it."""
-    found = ((step, run.score(name, step)) for step in sorted({*run.scores, run.last}))
+    found = ((step, run.score(name, step)) for step in run.steps)
     known = [(step, value) for step, value in found if value is not None]
     return [step for step, _ in known], [value for _, value in known]

@@ -139,23 +139,32 @@ def main_table(
         return None
     rows = anchor_rows(arms, scores, step)
     for arm in arms:
-        cells = []
-        for score in scores:
-            digits, found = metric(score).digits, differences.get((arm.name, score))
-            values = list(arm.values(score, step).values())
-            notes = ["reference" if arm.name == reference and values else difference(found, digits)]
-            own = arm.resampled(score) if values else None
-            notes += [f"resampled {number(own[0], digits)} to {number(own[1], digits)}"] if own else []
-            cells.append(
-                Cell(mean_sd(values, digits), "; ".join(filter(None, notes)), found is not None and found.sure)
-            )
+        compared = {score: differences.get((arm.name, score)) for score in scores}
+        cells = [score_cell(arm, score, step, compared[score], arm.name == reference) for score in scores]
         rows.append(arm_row(arm, cells, pictures))
     columns = [score_column(score, {n for arm in arms for n in arm.samples(score, step)}) for score in scores]
     text = "One seed, so neither deviation nor interval; below a score, the difference to the reference arm."
     if paired(arms):
         text = f"{SPREAD}; below it, the difference to {reference}, paired by seed, with its 95 % t interval"
         text += "; bold where that excludes 0."
+    if any(arm.resampled(score, step) for arm in arms for score in scores):
+        text += " Resampled: 95 % interval of the mean by the images drawn, which leaves out how seeds differ."
     return Table(f"{side.capitalize()}. {text}", [Column("arm"), *columns], rows)
+
+
+def score_cell(arm: ArmData, score: str, step: int | None, found: Comparison | None, reference: bool) -> Cell:
+    """found: the difference to the reference arm."""
+    digits, values = metric(score).digits, list(arm.values(score, step).values())
+    notes = ["reference" if reference and values else difference(found, digits), lost(arm, score, step)]
+    own = arm.resampled(score, step)
+    notes += [f"resampled {number(own[0], digits)} to {number(own[1], digits)}"] if own else []
+    return Cell(mean_sd(values, digits), "; ".join(filter(None, notes)), found is not None and found.sure)
+
+
+def lost(arm: ArmData, score: str, step: int | None) -> str:
+    """`n 2 of 3 seeds` where seeds have no number."""
+    n, of = len(arm.values(score, step)), len(arm.runs)
+    return f"n {n} of {of} seeds" if n < of and score in arm.scores else ""
 
 
 def paired(arms: Sequence[ArmData]) -> bool:
@@ -188,7 +197,9 @@ def parts_table(arms: Sequence[ArmData], side: str, step: int | None) -> Table |
     rows = []
     for score in scores:
         facts, counts = metric(score), {n for arm in arms for n in arm.samples(score, step)}
-        cells = [Cell(mean_sd(list(arm.values(score, step).values()), facts.digits)) for arm in arms]
+        cells = [
+            Cell(mean_sd(list(arm.values(score, step).values()), facts.digits), lost(arm, score, step)) for arm in arms
+        ]
         rows.append(Row(f"{title(score, facts)} {arrow(facts.better)}", cells, note=score_column(score, counts).note))
     caption = "Parts of benchmarks: subjects, groups, categories." + (f" {SPREAD}." if paired(arms) else "")
     return Table(caption, [Column("part"), *(Column(arm.name) for arm in arms)], rows) if rows else None

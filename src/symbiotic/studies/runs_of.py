@@ -105,6 +105,17 @@ class Run:
         found = self.scores.get(step, {})
         return _number(found.get(name, self.summary["scores"].get(name) if step == self.last else None))
 
+    @property
+    def steps(self) -> list[int]:
+        """At which anything was measured."""
+        return sorted({*self.scores, self.last})
+
+    def names(self, step: int | None = None) -> list[str]:
+        """Of the scores that were measured at a step (None: the last), also those that gave no number."""
+        step = self.last if step is None else step
+        trained = [*self.scores.get(step, {}), *(self.summary["scores"] if step == self.last else ())]
+        return [*dict.fromkeys([*trained, *(self.results.get("scores", {}) if step == self.last else ())])]
+
     def samples(self, name: str, step: int | None = None) -> int | None:
         """Behind a score at a step (None: the last), where that is known."""
         n = self.evaluated(name, step).get("n", self.summary.get("n", {}).get(name))
