@@ -123,6 +123,12 @@ def test_anchors_controls_and_steps() -> None:
     assert found[0].comparison.mean == pytest.approx(0.6)
 
 
+def test_a_control_that_its_alarm_changed_is_named() -> None:
+    arms = [Made("a", {"reading": {0: 0.5}}, control="c"), Made("c", {"reading": {0: 0.4}}, intervened=(0,))]
+    for found in judged(arms, claim(against="control"), claim(against="c")):
+        assert found.line.endswith("; the collapse alarm changed c")
+
+
 def test_holm_runs_over_the_hypotheses_that_have_a_p() -> None:
     a, b = Made("a", {"reading": {0: 0.91, 1: 0.93, 2: 0.95}}), Made("b", {"reading": {0: 0.80, 1: 0.83, 2: 0.83}})
     found = judged([a, b], claim(), claim("lower"), claim(metric="embedded_acc"))
