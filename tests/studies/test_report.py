@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from studies.studied import CAPTIONS, MADE, STEPS, N, copied, write_run, write_study
 from studies.test_report_pages import Page, faults
 from symbiotic.callbacks.in_loop_evaluation import read_scores
+from symbiotic.evaluation.names import metric
 from symbiotic.runs import digest, read_json, write_json
 from symbiotic.schema import RunError
 from symbiotic.studies.report import COLUMNS, report_of, write_report
@@ -149,6 +151,36 @@ def test_a_seed_without_a_number_is_said_at_the_cell_and_among_the_problems(
     assert line in section(text, "Summary")
     assert line in section(text, "Audit")
     assert "No run of the study is missing" not in text
+
+
+def test_averages_and_quick_looks_are_on_their_side_and_no_part_of_a_benchmark(tmp_path: Path) -> None:
+    root = tmp_path / "made_up"
+    for seed in (0, 1):
+        path = write_run(root, "symbiotic", seed) / "scores.jsonl"
+        known = {f"{prefix}flow_error": 1.0 for prefix in ("ema/", "quick/", "ema/quick/")}
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.dumps(line | {"scores": line["scores"] | known}) for line in lines]
+        path.write_text("\n".join(rows) + "\n")
+    report_of(Study(), root, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "flow error" in section(text, "Results")
+    assert "averaged weights" not in section(text, "Results")
+    assert "ema/" not in section(text, "Summary")
+    table = pd.read_csv(tmp_path / "report" / "results.csv")
+    assert set(table[table.score == "ema/flow_error"].better) == {"lower"}
+    facts = metric("ema/quick/flow_error")
+    assert (facts.side, facts.better) == ("generation", "lower")
+    assert facts.title == "flow error, a share of the samples, averaged weights"
+
+
+def test_equal_ends_are_said_once(tmp_path: Path) -> None:
+    root = tmp_path / "made_up"
+    for arm, more in (("symbiotic", ()), ("standard_moe", ("system=standard_moe", "phases=none"))):
+        write_run(root, arm, 0, more)
+    write_report(root, "none", ["system", "phases"], root / "report")
+    said = section((root / "report" / "report.md").read_text(), "Summary")
+    assert "Reading ends at 0.850 in all arms, from 0.900 at stage 0." in said
+    assert "ends between" not in said
 
 
 def test_official_scores_come_first_and_parts_of_benchmarks_have_a_table_of_their_own(page: str, markdown: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from symbiotic.evaluation.names import METRICS, metric
+from symbiotic.evaluation.names import METRICS, is_variant, metric
 from symbiotic.studies.audit import Arm, Audit
 from symbiotic.studies.curves import Series
 from symbiotic.studies.report_style import Look
@@ -79,7 +79,7 @@ class StudyData:
     def of(cls, audit: Audit) -> StudyData:
         """The study's numbers, from the runs that passed the audit."""
         study, arms = audit.study, looked(audit)
-        names = dict.fromkeys(name for arm in arms for name in arm.scores if not is_part(name))
+        names = dict.fromkeys(name for arm in arms for name in arm.scores if not is_part(name) and not is_variant(name))
         understanding = [name for name in names if metric(name).side == "understanding"]
         return cls(
             name=study.name,
@@ -119,7 +119,7 @@ def looked(audit: Audit) -> list[ArmData]:
 
 def is_part(score: str) -> bool:
     """Of a benchmark: `mmlu/anatomy`."""
-    return "/" in score and score not in METRICS
+    return "/" in score and score not in METRICS and not is_variant(score)
 
 
 def series(run: Run, name: str) -> Series:

@@ -121,8 +121,10 @@ def spread(study: StudyData, score: str) -> str:
     start = f", from {number(statistics.fmean(before.values()), facts.digits)} at stage 0" if before else ""
     if len(ends) == 1:
         return f"{words} ends at {number(ends[low], facts.digits)} ({low}){start}."
-    between = f"{number(ends[low], facts.digits)} ({low}) and {number(ends[high], facts.digits)} ({high})"
-    return f"{words} ends between {between}{start}."
+    least, most = (number(ends[name], facts.digits) for name in (low, high))
+    if least == most:
+        return f"{words} ends at {least} in all arms{start}."
+    return f"{words} ends between {least} ({low}) and {most} ({high}){start}."
 
 
 def verdicts(study: StudyData) -> list[Block]:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from symbiotic.evaluation.names import METRICS, Metric, metric
+from symbiotic.evaluation.names import METRICS, Metric, is_variant, metric
 from symbiotic.layout import pool_sizes, visible_pools
 from symbiotic.schema import Model, System, parse
 from symbiotic.studies.curves import KIND_NAMES
@@ -56,11 +56,12 @@ def counted(n: int, one: str, many: str = "") -> str:
 
 
 def scores_of(arms: Sequence[ArmData], side: str, parts: bool = False) -> list[str]:
-    """Names of the scores that any arm has, official ones first, then in the order in which they are defined.
+    """Names of the scores that any arm has, official ones first, then in the order in which they are defined; those of
+    averaged weights and of shares of the samples stand in the curves.
 
     parts: instead, those of parts of a benchmark (`mmlu/anatomy`).
     """
-    found = dict.fromkeys(name for arm in arms for name in arm.scores)
+    found = dict.fromkeys(name for arm in arms for name in arm.scores if not is_variant(name))
     wanted = [n for n in found if metric(n).side == side and is_part(n) == parts]
     return sorted(wanted, key=place)
 
