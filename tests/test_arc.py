@@ -20,7 +20,7 @@ from symbiotic import arc
 from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.callbacks.events import read_events
 from symbiotic.config import compose
-from symbiotic.runs import load_state, read_json, write_json
+from symbiotic.runs import load_state, provenance, read_json, write_json
 from symbiotic.schema import Config, ConfigError, RunError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -151,6 +151,25 @@ def test_a_run_does_not_go_on_from_another_parent(shared_tmp: Path, tmp_path: Pa
     write_json(Path(config.run_dir) / "receipt.json", found | {"parent": "stage 0 of yesterday"})
     with pytest.raises(RunError, match="started from the parent 'stage 0 of yesterday', which is now 'stage 0 "):
         arc.run(config)
+
+
+@pytest.mark.parametrize("apart", [{"code": "0dd"}, {"torch": "2.0"}, {}])
+def test_a_run_does_not_go_on_with_other_code_or_versions(
+    apart: dict[str, str], shared_tmp: Path, tmp_path: Path
+) -> None:
+    """Whatever is left of it: nothing was trained here but a receipt written. {}: by code that did not say which."""
+    config = compose(overrides(shared_tmp, tmp_path))
+    made = provenance()
+    began = made | apart | {"commit": "c0ffee"} if apart else {}
+    write_json(Path(config.run_dir) / "receipt.json", {"parent": "stage 0", "provenance": began})
+    with pytest.raises(RunError) as caught:
+        arc.run(config)
+    (key, old), *_ = [*apart.items(), ("code", None)]
+    line = str(caught.value)
+    assert line.startswith(f"{config.run_dir}: this run was begun by {key} {old}")
+    assert f"this is {key} {made[key]}" in line
+    assert line.endswith("remove the folder to run it anew, or go back to that commit and these versions")
+    assert not (Path(config.run_dir) / "init.safetensors").exists()
 
 
 @pytest.mark.parametrize(

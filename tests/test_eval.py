@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import signal
@@ -157,7 +158,9 @@ def test_a_wrong_key_is_one_line(wrong: str) -> None:
     [
         ([], "run=FOLDER evaluates one run, runs=FOLDER all below it; give one of the two"),
         (["run=a", "step=3", "ema=true"], "step=3 ema=True: each says which weights; give one of them"),
-        (["runs=a", "checkpoint=b"], "checkpoint=b: has no effect here: runs=FOLDER takes those of each run"),
+        (["runs=a", "checkpoint=b"], "checkpoint=b: has no effect here: runs=FOLDER reports what each run ended with"),
+        (["runs=a", "step=0"], "step=0: has no effect here: runs=FOLDER reports what each run ended with"),
+        (["runs=a", "ema=true"], "ema=True: has no effect here: runs=FOLDER reports what each run ended with"),
         (["run=nowhere"], "run=nowhere: no such folder"),
     ],
 )
@@ -314,11 +317,35 @@ def test_a_folder_of_runs_is_audited_measured_and_reported(
     (folder,) = (one / "evaluation").glob("step=*/results.json")
     assert set(read_json(folder)["protocol"]) == {"knowledge", "reading"}
     assert {"report.md", "report.html", "results.csv"} <= {path.name for path in (runs / "report").iterdir()}
+    command = f"python src/eval.py runs={runs} evaluation=smoke 'only=[knowledge,reading]'"
+    assert command in (runs / "report" / "report.md").read_text()
     assert str(runs / "report" / "report.html") in printed
     shutil.rmtree(one / "evaluation")
     assert main([f"runs={runs}", SMOKE, "evaluate=false", f"report={tmp_path / 'other'}"]) == 0
     assert (tmp_path / "other" / "report.html").is_file()
     assert not (one / "evaluation").exists()
+
+
+def test_anchors_are_measured_like_the_end_they_are_held_against(
+    real: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once where the training measured both alike, and anew where the evaluation is of other sizes."""
+    runs = tmp_path / "runs"
+    one = Path(shutil.copytree(real[0], runs / real[0].name, ignore=shutil.ignore_patterns("evaluation")))
+    only = "only=[knowledge,reading]"
+    assert main([f"runs={runs}", SMOKE, only]) == 0
+    assert not list(one.rglob("anchors.json"))
+    assert len(list(one.glob("evaluation/*/results.json"))) == 1
+    assert main([f"runs={runs}", SMOKE, only, "evaluation.readings=4"]) == 0
+    (path,) = one.rglob("anchors.json")
+    anchors = read_json(path)
+    assert anchors["benchmarks"] == ["knowledge", "reading"]
+    with (runs / "report" / "results.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["score"] == "reading"]
+    found = {(row["step"], row["source"]): float(row["n"]) for row in rows if row["source"] != "training"}
+    assert found == {("stage 0", "anchor"): 4, ("iteration 0", "anchor"): 4, ("20", "evaluation"): 4}
+    start = next(float(row["value"]) for row in rows if row["step"] == "iteration 0")
+    assert start == anchors["iteration 0"]["reading"]["value"]
 
 
 def test_runs_that_do_not_compare_cost_no_evaluation(

@@ -46,13 +46,16 @@ from symbiotic.models.batch import Batch
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import (
     Journal,
+    check_same_code,
     digest,
     load_state,
     locked,
+    provenance,
     read_json,
     save_state,
     source_hash,
     state_hash,
+    versions,
     write_json,
     write_text,
 )
@@ -66,6 +69,7 @@ from symbiotic.training.roles import assign_roles
 
 GENERATION_SETS = ("t2i", "t2i_long")
 PROBE_SEED = 1_000_003
+RECEIPT = "receipt.json"
 
 PARENT_CODE = (
     *("schema.py", "layout.py", "models", "objectives", "training", "data"),
@@ -96,6 +100,7 @@ class Arc:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.folder, self.cache = Path(config.run_dir), Path(config.paths.cache)
+        self.provenance = provenance()  # now: sources may be edited while it runs
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_config(config, self.folder / "config.yaml")
@@ -113,6 +118,9 @@ class Arc:
         if done is not None and not self.config.parent_only:
             print(f"{self.folder} is finished; its summary:\n{(self.folder / 'summary.txt').read_text()}")
             return done
+        begun = read_json(self.folder / RECEIPT)
+        if begun is not None and not self.config.parent_only:
+            check_same_code(self.folder, begun.get("provenance") or {}, self.provenance)
         self.prepare_data()
         try:
             parent = self.parent()
@@ -211,24 +219,27 @@ class Arc:
     def split(self, parent: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state that joint training starts from, with a receipt of what went where."""
         config, path = self.config, self.folder / "init.safetensors"
-        found = read_json(self.folder / "receipt.json")
+        found = read_json(self.folder / RECEIPT)
         if path.is_file() and found is not None and 0 in read_scores(self.folder / SCORES):
             if found["parent"] != self.parent_name:
                 was = f"this run started from the parent {found['parent']!r}, which is now {self.parent_name!r}"
                 raise RunError(f"{self.folder}: {was}; remove the folder to run it anew")
             return load_state(path)
         what = f"profile the parent's experts and split them ({config.init.assignment})"
-        with self.journal.step("split", self.evaluation_key(), what, self.folder / "receipt.json"):
+        with self.journal.step("split", self.evaluation_key(), what, self.folder / RECEIPT):
             old = built(parent_config(config, parent), parent, latents=False)
             new = UnifiedModel(config.model, config.system)
             batches = self.profile_batches()
             counts = expert_counts(old, batches)
             assignment = assign(counts, config.model, config.system, config.init.assignment, config.seed)
             new.load_state_dict(split_state(parent, new, assignment, config.seed, config.init))
-            found = receipt(old, new, assignment, batches[0]) | {"parent": self.parent_name}
+            found = receipt(old, new, assignment, batches[0]) | {
+                "parent": self.parent_name,
+                "provenance": self.provenance,
+            }
             save_state(path, new.state_dict())
             found["iteration_0"] = dict(self.record(new, 0))
-            write_json(self.folder / "receipt.json", found)
+            write_json(self.folder / RECEIPT, found)
         console.show(console.split_table(found))
         return dict(new.state_dict())
 
@@ -390,11 +401,11 @@ def parent_config(config: Config, state: Mapping[str, Tensor]) -> Config:
 
 
 def stage0_key(config: Config, fingerprint: str) -> str:
-    """What a cached parent depends on: model, parent layout, data, steps, rates, objective, seed, and the code."""
+    """What a cached parent depends on: model, parent layout, data, steps, rates, objective, seed, code and versions."""
     model = asdict(config.model) | {"gen_fraction": None}
     data = {name: value for name, value in asdict(config.data).items() if name not in ("source", "sets", "num_workers")}
     parts = [asdict(part) for part in (config.system, config.rates, config.phases, config.mix, config.objective)]
-    code = source_hash(*PARENT_CODE)
+    code = [source_hash(*PARENT_CODE), versions()]
     precision = config.trainer.get("precision")
     return digest([model, data, parts, fingerprint, config.seed, precision, config.compile, code])
 

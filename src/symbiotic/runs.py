@@ -52,13 +52,34 @@ def source_hash(*parts: str) -> str:
     return hashlib.sha256(text).hexdigest()[:12]
 
 
+VERSIONS = ("torch", "numpy", "lightning")
+"""Packages whose other versions compute other results."""
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONS}
+
+
 def provenance() -> dict[str, str]:
     """What a result needs to be comparable: code, commit, versions, machine kind (no host name)."""
-    packages = ("torch", "lightning", "hydra-core", "numpy")
     command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
     commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"code": run_code(), "commit": commit, "python": platform.python_version(), **versions}
+    hydra = importlib.metadata.version("hydra-core")
+    made = {"code": run_code(), "commit": commit, "python": platform.python_version(), "hydra-core": hydra}
+    return made | versions()
+
+
+def check_same_code(folder: Path, began: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """began, now: provenance of the process that began a run, and of the one that is to go on with it.
+
+    Raises:
+        RunError: other code or versions: the run would be of neither.
+    """
+    apart = [key for key in ("code", *VERSIONS) if began.get(key) != now[key]]
+    if apart:
+        was, this = (", ".join(f"{key} {made.get(key)}" for key in (*apart, "commit")) for made in (began, now))
+        right = "remove the folder to run it anew, or go back to that commit and these versions"
+        raise RunError(f"{folder}: this run was begun by {was}; this is {this}: {right}")
 
 
 def replace_with(path: Path, write: Any) -> Path:

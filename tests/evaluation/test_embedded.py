@@ -192,6 +192,19 @@ def test_pictures_are_a_function_of_seed_number_and_caption(corpus: Path) -> Non
     assert make([]).shape == (0, 20, 20, 3)
 
 
+def test_a_long_caption_pads_no_others(corpus: Path) -> None:
+    model, tokenizer = build("symbiotic", vocab_size=VOCABULARY).eval(), Tokenizer.load(corpus / "tokenizer.json")
+    shapes: list[tuple[int, ...]] = []
+    model.register_forward_pre_hook(lambda _, given: shapes.append(tuple(given[0].tokens.shape)))
+    short = "red 7 on black bar top"
+    captions = [short, " ".join(["red"] * 2500), short, short]
+    drawn = pictures(model, captions, tokenizer, Objective(sampler=Sampler(steps=1)), numbers=[0, 1, 2, 0])
+    assert [rows for rows, _ in shapes] == [6, 2]  # each with its unguided row
+    assert shapes[0][1] < 100 < 2500 < shapes[1][1]
+    assert (drawn[0] == drawn[3]).all()
+    assert (drawn[0] != drawn[2]).any()
+
+
 def test_bad_items_are_named_and_the_others_scored(corpus: Path, tmp_path: Path) -> None:
     shutil.copytree(corpus, tmp_path / "c")
     benchmarks = tmp_path / "c" / "benchmarks"

@@ -133,8 +133,8 @@ def write_evaluation(folder: Path, seed: int, scores: Mapping[str, float], gener
     if generates:
         values["embedded_fd"] |= {"low": values["embedded_fd"]["value"] - 9, "high": values["embedded_fd"]["value"] + 9}
     results = {
-        "run": folder.name, "weights": "step=000020", "step": 20, "ema": False, "weights_hash": f"w{seed}",
-        "seed": seed,
+        "run": folder.name, "weights": "step=000020", "step": 20, "ema": False, "as_trained": True,
+        "weights_hash": f"w{seed}", "seed": seed,
         "sampler": {"steps": 2, "guidance": 2.0, "time_shift": 1.0}, "size": [20, 20], "data": "da7a",
         "evaluation_code": "e0a1", "versions": {"torch": "2"},
         "protocol": {name: {"samples": 30} for name in dict.fromkeys(BENCHMARK[s] for s in scores)},

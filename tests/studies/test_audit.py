@@ -199,6 +199,42 @@ def test_an_ablation_covers_what_it_sets_and_no_more(runs: Path) -> None:
     assert "model.gen_fraction is 0.75" in refused(runs)
 
 
+PHASES = {
+    "shield": "until: '${phases.shield_steps}', shield: 1.0",
+    "joint": "until: '${phases.steps}', shield: '${complement:${phases.release_scale}}'",
+}
+FASTER = f"phases.list=[{','.join(f'{{name: {name}, {ends}, rate: {{gen: 10}}}}' for name, ends in PHASES.items())}]"
+"""The shipped phases, and a rate that no dial gives."""
+
+
+@pytest.mark.parametrize(
+    ("dials", "factors"),
+    [
+        (["ablation=no_shielding"], ["ablation"]),
+        (["ablation=no_shielding", "phases.steps=30"], ["ablation", "phases.steps"]),
+        (["phases.steps=30", "phases.shield_steps=30"], ["phases.steps", "phases.shield_steps"]),
+        (["phases=none", "phases.steps=20"], ["phases.shield_steps", "phases.release_scale"]),
+        (["model.gen_fraction=0.75"], ["model.gen_fraction"]),
+    ],
+)
+def test_what_follows_from_a_factor_is_no_difference_and_no_licence(
+    runs: Path, dials: list[str], factors: list[str]
+) -> None:
+    declared = ["system", "mix", *factors]
+    write_run(runs, "dialled", 0, *dials)
+    found = {row.key for row in audit_runs(runs, NONE, declared).differences}
+    assert not [key for key in found if key.startswith("phases.list.")]
+    write_run(runs, "sneaky", 0, *dials, FASTER)
+    line = refused(runs, NONE, factors=declared)
+    assert line.startswith(f"{runs / 'sneaky-seed0'} ")
+    assert ".rate.gen is 10, in other runs (no such key)" in line
+
+
+def test_pools_of_another_size_do_not_follow_from_the_dial(runs: Path) -> None:
+    write_run(runs, "sneaky", 0, "system.pools={und: null, gen: 0.75}")
+    assert "system.pools.gen is 0.75, in other runs" in refused(runs, factors=["system.name", "mix", "model"])
+
+
 def test_instruments_make_no_arm(runs: Path) -> None:
     write_run(runs, "watched", 2, "callbacks.sample_grid=null", "log_every=1", "threads=2")
     assert named(audit_runs(runs, NONE))["symbiotic"] == [0, 1, 2]
@@ -349,7 +385,8 @@ def write_results(folder: Path, **changes: Any) -> None:
     seed = read_json(folder / "summary.json")["seed"]
     score = {"value": 0.75, "n": 8, "low": None, "high": None, "benchmark": "reading"}
     results = {
-        "step": 20, "ema": False, "seed": seed, "sampler": {"steps": 4}, "size": [8, 8], "data": "corpus",
+        "step": 20, "ema": False, "as_trained": True, "seed": seed, "sampler": {"steps": 4}, "size": [8, 8],
+        "data": "corpus",
         "evaluation_code": "e7a1", "versions": {"torch": "2"}, "protocol": {"reading": {"shots": 0, "files": "f1"}},
         "scores": {"reading": score},
     }  # fmt: skip
@@ -375,6 +412,22 @@ def test_evaluated_scores_stand_for_those_of_the_training(runs: Path) -> None:
     assert arm.values("flow_error") == {0: 1.0, 1: 1.0}
 
 
+def test_anchors_are_those_measured_like_the_end(runs: Path) -> None:
+    evaluate_all(runs)
+    arm = audit_runs(runs, declared(), evaluated=evaluation).arms[0]
+    assert arm.anchor("stage 0", "reading") == {0: 0.9, 1: 0.9}
+    for path in runs.iterdir():
+        write_results(path, as_trained=False)
+        start = {"reading": {"value": 0.25, "n": 8, "benchmark": "reading"}}
+        write_json(path / "evaluation" / "made" / "anchors.json", {"benchmarks": ["reading"], "iteration 0": start})
+    arm = audit_runs(runs, declared(), evaluated=evaluation).arms[0]
+    assert arm.anchor("iteration 0", "reading") == {0: 0.25, 1: 0.25}
+    assert arm.anchor("stage 0", "reading") == {}  # its parent is gone: of other questions there is none
+    assert arm.anchor("stage 0", "reading", 10) == {0: 0.9, 1: 0.9}  # values at earlier steps are the training's
+    assert arm.runs[0].anchor("iteration 0", "reading")["n"] == 8
+    assert arm.runs[0].anchor("iteration 0", "reading", 10)["n"] == 50
+
+
 def test_a_seed_of_all_images_is_as_good_as_each_runs_own(runs: Path) -> None:
     for path in runs.iterdir():
         write_results(path, seed=5)
@@ -389,8 +442,6 @@ def test_a_seed_of_all_images_is_as_good_as_each_runs_own(runs: Path) -> None:
         ({"evaluation_code": "0dd"}, "(0dd): other evaluation code than the other 5 runs (e7a1)"),
         ({"versions": {"torch": "1"}}, "(torch 1): other versions in the evaluation than the other 5 runs (torch 2)"),
         ({"protocol": {"reading": {"shots": 0, "files": "f2"}}}, "(files f2): other protocol of reading"),
-        ({"ema": True}, "(True): other choice of averaged weights"),
-        ({"step": 10}, "(10): other evaluated step than the other 5 runs (last)"),
         ({"scores": {"reading": {"value": 1, "n": 7}}}, "(7): other number of samples behind reading"),
     ],
 )

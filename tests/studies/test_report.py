@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from studies.studied import CAPTIONS, MADE, STEPS, N, copied, write_run, write_study
 from studies.test_report_pages import Page, faults
 from symbiotic.callbacks.in_loop_evaluation import read_scores
+from symbiotic.evaluation.names import metric
 from symbiotic.runs import digest, read_json, write_json
 from symbiotic.schema import RunError
 from symbiotic.studies.report import COLUMNS, report_of, write_report
@@ -31,6 +33,7 @@ STUDY = {
         {"claim": "it reads worse", "metric": "reading", "expect": "lower", **BETWEEN},
     ],
 }  # fmt: skip
+COMMAND = "python src/eval.py runs=made_up 'only=[reading]'"
 SECTIONS = ("summary", "verdicts", "results", "forgetting", "curves", "routing", "samples", "audit", "provenance")
 
 
@@ -47,7 +50,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(study: Study, runs: Path) -> Path:
     folder = runs.parent / "report"
-    report_of(study, runs, folder)
+    report_of(study, runs, folder, command=COMMAND)
     return folder
 
 
@@ -124,6 +127,62 @@ def scored(runs: Path, arm: str, seed: int) -> dict[str, float]:
     return {name: score["value"] for name, score in evaluated(runs, arm, seed)["scores"].items()}
 
 
+def test_distances_have_an_interval_from_their_samples_over_all_seeds(markdown: str) -> None:
+    """Half widths of 9 in each of three seeds: 9 / sqrt 3 around the mean, 51."""
+    generation = section(markdown, "Results").split("*Generation")[1]
+    assert "Resampled: 95 % interval of the mean by the images drawn" in generation
+    assert "| 51.0 ± 1.0<br><sub>reference; resampled 45.8 to 56.2</sub> |" in generation
+
+
+def test_a_seed_without_a_number_is_said_at_the_cell_and_among_the_problems(
+    study: Study, runs: Path, tmp_path: Path
+) -> None:
+    root = copied(runs, tmp_path / "runs")
+    path = next(root.glob("standard_moe-0a1b2c3d-seed1/evaluation/*/results.json"))
+    results = read_json(path)
+    results["scores"]["reading"]["value"] = None
+    write_json(path, results)
+    report_of(study, root, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    row = next(line for line in section(text, "Results").splitlines() if line.startswith("| standard<"))
+    assert "<br><sub>reference; n 2 of 3 seeds</sub>" in row
+    assert row.count("of 3 seeds") == 1
+    line = "no number for reading: standard, seed 1; its means are over the others"
+    assert line in section(text, "Summary")
+    assert line in section(text, "Audit")
+    assert "No run of the study is missing" not in text
+
+
+def test_averages_and_quick_looks_are_on_their_side_and_no_part_of_a_benchmark(tmp_path: Path) -> None:
+    root = tmp_path / "made_up"
+    for seed in (0, 1):
+        path = write_run(root, "symbiotic", seed) / "scores.jsonl"
+        known = {f"{prefix}flow_error": 1.0 for prefix in ("ema/", "quick/", "ema/quick/")}
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = [json.dumps(line | {"scores": line["scores"] | known}) for line in lines]
+        path.write_text("\n".join(rows) + "\n")
+    report_of(Study(), root, tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "flow error" in section(text, "Results")
+    assert "averaged weights" not in section(text, "Results")
+    assert "ema/" not in section(text, "Summary")
+    table = pd.read_csv(tmp_path / "report" / "results.csv")
+    assert set(table[table.score == "ema/flow_error"].better) == {"lower"}
+    facts = metric("ema/quick/flow_error")
+    assert (facts.side, facts.better) == ("generation", "lower")
+    assert facts.title == "flow error, a share of the samples, averaged weights"
+
+
+def test_equal_ends_are_said_once(tmp_path: Path) -> None:
+    root = tmp_path / "made_up"
+    for arm, more in (("symbiotic", ()), ("standard_moe", ("system=standard_moe", "phases=none"))):
+        write_run(root, arm, 0, more)
+    write_report(root, "none", ["system", "phases"], root / "report")
+    said = section((root / "report" / "report.md").read_text(), "Summary")
+    assert "Reading ends at 0.850 in all arms, from 0.900 at stage 0." in said
+    assert "ends between" not in said
+
+
 def test_official_scores_come_first_and_parts_of_benchmarks_have_a_table_of_their_own(page: str, markdown: str) -> None:
     results = section(markdown, "Results")
     assert results.split("\n|")[1].startswith(" arm | OCRBench ↑<br><sub>n 1000</sub> | knowledge, not replayed ↑")
@@ -178,7 +237,7 @@ def test_the_audit_lists_keys_costs_and_provenance(markdown: str) -> None:
     audit, origin = section(markdown, "Audit"), section(markdown, "Provenance")
     assert re.search(r"\| system\.name<br><sub>architecture</sub> \| system \| standard_moe \| symbiotic \|", audit)
     assert re.search(r"\| und \|( [\d,.]+ \|){12,}", audit)
-    assert "python src/eval.py runs=" in origin
+    assert COMMAND in origin
     assert origin.count("-0a1b2c3d-seed") == 9
     assert MADE["commit"] in origin
 
@@ -202,7 +261,7 @@ def test_the_csv_holds_every_number_of_the_runs(runs: Path, report: Path) -> Non
 
 def test_the_same_runs_give_the_same_bytes(study: Study, runs: Path, report: Path) -> None:
     before = {path: path.read_bytes() for path in report.rglob("*") if path.is_file()}
-    made = report_of(study, runs, report)
+    made = report_of(study, runs, report, command=COMMAND)
     assert {path: path.read_bytes() for path in made} == before
 
 

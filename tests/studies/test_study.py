@@ -163,13 +163,11 @@ def test_the_order_of_pools_counts() -> None:
     assert differing(config_keys(config), config_keys(swapped)) == ["system.pools (order)"]
 
 
-def test_factors_cover_what_stands_below_and_what_follows() -> None:
+def test_factors_cover_what_stands_below() -> None:
     assert covers("rates", "rates.by_role.gen")
     assert covers("system.pools", "system.pools (order)")
-    assert covers("model.gen_fraction", "system.pools.gen")
-    assert covers("phases.shield_steps", "phases.list.shield.until")
     assert not covers("rates.lr", "rates")
     assert not covers("rate", "rates.lr")
-    assert not covers("phases.list", "phases.steps")
-    assert set_by_ablations("system.pools.gen", ["ratio_3_1"]) == "ablation=ratio_3_1"
+    assert not covers("phases.steps", "phases.list.joint.until")
+    assert set_by_ablations("model.gen_fraction", ["ratio_3_1"]) == "ablation=ratio_3_1"
     assert set_by_ablations("rates.lr", ["ratio_3_1"]) is None

@@ -24,7 +24,7 @@ class Made:
     def values(self, score: str, step: int | None = None) -> Seeds:
         return self.numbers.get(score if step is None else f"{score}@{step}", {})
 
-    def anchor(self, name: str, score: str) -> Seeds:
+    def anchor(self, name: str, score: str, step: int | None = None) -> Seeds:
         return self.anchors.get(name, {})
 
     def answers(self, score: str, step: int | None = None) -> Answers:
@@ -121,6 +121,12 @@ def test_anchors_controls_and_steps() -> None:
     (found[0],) = judged(arms, claim(against="c"), step=150)
     assert found[0].comparison is not None
     assert found[0].comparison.mean == pytest.approx(0.6)
+
+
+def test_a_control_that_its_alarm_changed_is_named() -> None:
+    arms = [Made("a", {"reading": {0: 0.5}}, control="c"), Made("c", {"reading": {0: 0.4}}, intervened=(0,))]
+    for found in judged(arms, claim(against="control"), claim(against="c")):
+        assert found.line.endswith("; the collapse alarm changed c")
 
 
 def test_holm_runs_over_the_hypotheses_that_have_a_p() -> None:

@@ -70,5 +70,6 @@ def _weights(config: EvalConfig) -> None:
     if len(given) > 1:
         raise ConfigError(f"{' '.join(given)}: each says which weights; give one of them")
     require(config.step is None or config.step >= 0, "step", config.step, "must be at least 0")
-    if config.runs is not None and config.checkpoint is not None:
-        raise ConfigError(f"checkpoint={config.checkpoint}: has no effect here: runs=FOLDER takes those of each run")
+    if config.runs is not None and given:
+        right = "runs=FOLDER reports what each run ended with; run=FOLDER measures other weights of one run"
+        raise ConfigError(f"{given[0]}: has no effect here: {right}")

@@ -50,11 +50,12 @@ def sample_distance(features: np.ndarray, target: Gaussian, root: np.ndarray) ->
 
     The eigenvalues under the root are those of a matrix of min(n, d) rows: fast for few samples.
     """
-    centred = features - features.mean(0)
-    half = centred @ root / np.sqrt(len(features) - 1)
-    cross = np.linalg.eigvalsh(half @ half.T if len(half) < half.shape[1] else half.T @ half).clip(min=0)
+    scaled = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    few = len(scaled) < scaled.shape[1]
+    half = scaled @ root if few else root
+    cross = np.linalg.eigvalsh(half @ half.T if few else half @ (scaled.T @ scaled) @ half).clip(min=0)
     gap = features.mean(0) - target.mean
-    own = np.square(centred).sum() / (len(features) - 1)
+    own = np.square(scaled).sum()
     return max(0.0, float(gap @ gap + own + np.trace(target.covariance) - 2 * np.sqrt(cross).sum()))
 
 

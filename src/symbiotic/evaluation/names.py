@@ -59,8 +59,20 @@ OFFICIAL: dict[str, Metric] = {
 METRICS = EMBEDDED | OFFICIAL
 
 
+VARIANTS = {"ema": "averaged weights", "quick": "a share of the samples"}
+"""What stands before a name of a score that training also measured otherwise: `ema/quick/reading`."""
+
+
+def is_variant(name: str) -> bool:
+    return name.split("/")[0] in VARIANTS
+
+
 def metric(name: str) -> Metric:
-    """Of a score; `mmlu/anatomy` has the facts of `mmlu`, and an unknown one stands for itself."""
+    """Of a score; `mmlu/anatomy` has the facts of `mmlu`, `ema/mmlu` too, and an unknown one stands for itself."""
+    if is_variant(name):
+        prefix, _, rest = name.partition("/")
+        found = metric(rest)
+        return replace(found, title=f"{found.title}, {VARIANTS[prefix]}", official=False)
     base, at, _ = name.partition("@")
     if at and base in METRICS:  # the same formula on other features, which is not the metric of that name
         return replace(METRICS[base], title=name, official=False)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from symbiotic.data.formats import generation_parts
 from symbiotic.data.packing import Sample, build_sample, collate
 from symbiotic.data.tokenizer import EOS, Tokenizer
-from symbiotic.evaluation.benchmark import batches, device_of
+from symbiotic.evaluation.benchmark import device_of
 from symbiotic.generation.images import needs_unguided, sample_latents, start_noise, to_pixels
 from symbiotic.generation.text import greedy, last_logits
 from symbiotic.models.batch import Batch
@@ -48,11 +48,14 @@ def answers(
     return decoded
 
 
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Numbers of rows, short ones first, in batches that the memory of attention allows: a long row pads no other."""
+def by_length(lengths: Sequence[int], batch_size: int, rows: int = 1) -> Iterator[list[int]]:
+    """Numbers of samples, short ones first, in batches that the memory of attention allows: a long one pads no other.
+
+    rows: of a forward that each sample takes.
+    """
     some: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if some and (len(some) == batch_size or (len(some) + 1) * lengths[i] ** 2 > MASK_PLACES):
+        if some and (len(some) == batch_size or (len(some) + 1) * rows * lengths[i] ** 2 > MASK_PLACES):
             yield some
             some = []
         some.append(i)
@@ -93,20 +96,20 @@ def pictures(
 ) -> Tensor:
     """Generate one image per caption: uint8 [n, H, W, 3] on the CPU.
 
-    Each image depends on (seed, its number) and its caption, not on the batch. The caller holds the model in
+    The noise of an image depends on (seed, its number) alone. Beside its caption, the batch that it is drawn in decides
+    how sums are rounded, so that in another batch a pixel may differ by one level. The caller holds the model in
     evaluation mode (`benchmark.measuring`).
 
     Args:
         numbers: what the noise of each image is drawn from; default 0, 1, 2, ...
-        batch_size: images at a time; with guidance, each takes two rows.
+        batch_size: images at a time, at most; with guidance, each takes two rows. See `by_length`.
     """
-    guided = needs_unguided(objective.sampler.guidance)
-    images: list[Tensor] = [torch.zeros(0, *size, 3, dtype=torch.uint8)]
-    for some in batches(list(zip(numbers or range(len(captions)), captions, strict=True)), batch_size):
-        texts = [caption for _, caption in some] + [None] * (len(some) if guided else 0)
-        batch = one_a_row(caption_samples(texts, size, tokenizer))
-        latents, patch_dim = len(batch.latents) // len(texts), batch.latents.shape[1]
-        noise = start_noise(seed, [number for number, _ in some], latents, patch_dim)
+    guided, numbers = needs_unguided(objective.sampler.guidance), numbers or range(len(captions))
+    samples, free = caption_samples(captions, size, tokenizer), caption_samples([None], size, tokenizer)
+    images = torch.zeros(len(captions), *size, 3, dtype=torch.uint8)
+    for places in by_length([len(sample) for sample in samples], batch_size, 1 + guided):
+        batch = one_a_row([samples[i] for i in places] + free * (len(places) if guided else 0))
+        noise = start_noise(seed, [numbers[i] for i in places], *free[0].latents.shape)
         made = sample_latents(model, batch.to(device_of(model)), noise, objective.sampler, objective.prediction)
-        images.append(to_pixels(made, *size))
-    return torch.cat(images)
+        images[places] = to_pixels(made, *size)
+    return images

@@ -1,31 +1,31 @@
-"""What the official scores of a run are held against: its parent and its own start, measured by the same benchmarks.
+"""What the scores of an evaluation are held against: the run's parent and its own start, measured in the same way.
 
-The embedded scores have these anchors since training. Here they are measured after the run itself, into `anchors.json`
-beside its results; runs of one parent share the parent's evaluation.
+The training measured both by the embedded benchmarks; where an evaluation does as it did, these stand. All else is
+measured after the run itself, into `anchors.json` beside its results; runs of one parent share the parent's evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.runs import read_json, write_json
 from symbiotic.schema import EvalConfig
 from symbiotic.studies.evaluate import evaluate_run, read_results
-from symbiotic.studies.runs_of import ANCHORS
+from symbiotic.studies.runs_of import ANCHORS, anchored_by_training
 from symbiotic.trained import read_config
 
 
 def measure_anchors(config: EvalConfig, run: Path, evaluation: Path, say: Callable[[str], None] = print) -> Path | None:
-    """Write `anchors.json` into a run's evaluation; None where no official benchmark was measured.
+    """Write `anchors.json` into a run's evaluation; None where the training measured all of them.
 
     Raises:
         RunError: the weights that joint training started from are gone.
     """
-    wanted = [name for name in read_results(evaluation)["protocol"] if name not in EMBEDDED]
+    results = read_results(evaluation)
+    wanted = [name for name in results["protocol"] if not anchored_by_training(results, name)]
     path = evaluation / ANCHORS
     known = read_json(path) or {}
     if not wanted:
@@ -36,15 +36,16 @@ def measure_anchors(config: EvalConfig, run: Path, evaluation: Path, say: Callab
     parent = parent_folder(run)
     measured = {"iteration 0": evaluate_run(replace(of, step=0), run, say)}
     if parent is None:
-        say(f"   stage 0 has no official scores: the cached parent of {run} is gone")
+        say(f"   stage 0 has no scores of {', '.join(wanted)}: the cached parent of {run} is gone")
     else:
         measured["stage 0"] = evaluate_run(of, parent, say)
-    scores = {anchor: official(read_results(folder)) for anchor, folder in measured.items()}
+    scores = {anchor: scores_of(folder, wanted) for anchor, folder in measured.items()}
     return write_json(path, {"benchmarks": wanted, **scores})
 
 
-def official(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: score for name, score in results["scores"].items() if score["benchmark"] not in EMBEDDED}
+def scores_of(evaluation: Path, benchmarks: Sequence[str]) -> dict[str, Any]:
+    scores = read_results(evaluation)["scores"]
+    return {name: score for name, score in scores.items() if score["benchmark"] in benchmarks}
 
 
 def parent_folder(run: Path) -> Path | None:

@@ -22,6 +22,7 @@ from symbiotic.studies.runs_of import MISSING, AuditError, Run, config_keys, lis
 from symbiotic.studies.sameness import attach_results, check_provenance, check_results, shared_facts
 from symbiotic.studies.statistics import Answers, Seeds
 from symbiotic.studies.study import Study, covers, find_controls, set_by_ablations, without_generation
+from symbiotic.studies.written import as_written
 
 GROUPS = {
     "architecture": ("system", "model"),
@@ -52,15 +53,17 @@ class Arm:
         """Seeds in which a collapse alarm changed the training."""
         return [run.seed for run in self.runs if run.summary.get("events", {}).get("intervention")]
 
+    def has(self, score: str) -> bool:
+        """Whether a score of its runs means anything."""
+        return self.generates or score.startswith("routing/") or metric(score).side != "generation"
+
     def values(self, score: str, step: int | None = None) -> Seeds:
-        if not self.generates and score.split("/")[0] != "routing" and metric(score).side == "generation":
-            return {}
-        found = {run.seed: run.score(score, step) for run in self.runs}
+        found = {run.seed: run.score(score, step) for run in self.runs if self.has(score)}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def anchor(self, name: str, score: str) -> Seeds:
-        """`stage 0` or `iteration 0`."""
-        found = {run.seed: run.anchors.get(name, {}).get(score) for run in self.runs}
+    def anchor(self, name: str, score: str, step: int | None = None) -> Seeds:
+        """`stage 0` or `iteration 0`, measured like the values at a step."""
+        found = {run.seed: run.anchor(name, score, step).get("value") for run in self.runs}
         return {seed: float(value) for seed, value in found.items() if value is not None}
 
     def answers(self, score: str, step: int | None = None) -> Answers:
@@ -150,7 +153,7 @@ def audit_runs(
         budgets=budgets,
         overheads={name: overhead(found, base) for name, found in budgets.items() if name != study.reference},
         made=shared_facts(entering),
-        problems=(*problems, *more, *absent(folder, study, arms), *notes(made)),
+        problems=(*problems, *more, *absent(folder, study, arms), *notes(made, study.step)),
     )
 
 
@@ -158,12 +161,13 @@ def audit_runs(
 
 
 def differences(arms: Mapping[str, Sequence[Run]], study: Study) -> list[KeyDifference]:
-    """Every config key that is not the same in all runs, by groups.
+    """Every config key that is not the same in all runs, by groups; without what follows from one of them.
 
     Raises:
         AuditError: no factor covers it.
     """
-    keys = {run.folder: config_keys(plain(run.config)) for runs in arms.values() for run in runs}
+    written = as_written({run.folder: plain(run.config) for runs in arms.values() for run in runs})
+    keys = {path: config_keys(config) for path, config in written.items()}
     table, undeclared = [], []
     for key in dict.fromkeys(key for found in keys.values() for key in found):
         texts = {path: text(found.get(key, MISSING)) for path, found in keys.items()}
@@ -221,13 +225,19 @@ def check_factors(study: Study, factors: Sequence[str]) -> Study:
 # --------------------------------------------------------------------------- words
 
 
-def notes(arms: Sequence[Arm]) -> list[str]:
-    """Unequal seeds, alarms that changed the training, controls that did not see the same understanding tokens."""
+def notes(arms: Sequence[Arm], step: int | None) -> list[str]:
+    """Unequal seeds, scores without a number, alarms that changed the training, controls that did not see the same
+    understanding tokens."""
     seeds = {arm.name: tuple(run.seed for run in arm.runs) for arm in arms}
     lines = []
     if len(set(seeds.values())) > 1:
         listing = "; ".join(f"{name}: {', '.join(map(str, found))}" for name, found in seeds.items())
         lines.append(f"arms have different seeds ({listing}); each pair is compared over the seeds that both have")
+    lines += [
+        f"no number for {listed(names)}: {arm.name}, seed {seed}; its means are over the others"
+        for arm in arms
+        for seed, names in without_number(arm, step).items()
+    ]
     lines += [
         f"the collapse alarm changed the training of {arm.name}, seed {', '.join(map(str, arm.intervened))}"
         for arm in arms
@@ -238,6 +248,14 @@ def notes(arms: Sequence[Arm]) -> list[str]:
         unlike = unmatched(arm, named[arm.control]) if arm.control is not None else []
         lines += [f"{arm.control} is no control of {arm.name} at matched tokens: {one}" for one in unlike]
     return lines
+
+
+def without_number(arm: Arm, step: int | None) -> dict[int, list[str]]:
+    """Seed -> scores that were measured in it, or in another seed of the arm, and that it has no number of, as its
+    training diverged or the benchmark failed."""
+    names = dict.fromkeys(name for run in arm.runs for name in run.names(step) if arm.has(name))
+    found = {run.seed: [name for name in names if run.score(name, step) is None] for run in arm.runs}
+    return {seed: lost for seed, lost in found.items() if lost}
 
 
 def unmatched(arm: Arm, control: Arm) -> list[str]:

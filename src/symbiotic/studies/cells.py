@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from symbiotic.runs import VERSIONS
 from symbiotic.schema import Config, RunError, parse
 from symbiotic.studies import results_file
 from symbiotic.studies.compare import named_arms
@@ -27,7 +28,6 @@ from symbiotic.studies.runs_of import (
     text,
     training_keys,
 )
-from symbiotic.studies.sameness import VERSIONS
 from symbiotic.studies.study import Study, without_generation
 from symbiotic.trained import read_config
 

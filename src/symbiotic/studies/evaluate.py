@@ -27,8 +27,18 @@ from symbiotic.config import VOLATILE
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.evaluation.suite import Scores, Suite
-from symbiotic.runs import digest, locked, provenance, read_json, replace_with, source_hash, state_hash, write_json
-from symbiotic.schema import EvalConfig, RunError
+from symbiotic.runs import (
+    VERSIONS,
+    digest,
+    locked,
+    provenance,
+    read_json,
+    replace_with,
+    source_hash,
+    state_hash,
+    write_json,
+)
+from symbiotic.schema import EvalConfig, Evaluation, RunError
 from symbiotic.studies.benchmarks import benchmark_names, make_suite, read_protocols
 from symbiotic.trained import EMA, PARENT_FILE, Trained, open_run
 
@@ -38,6 +48,9 @@ CODE = ("models", "objectives", "generation", "data", "evaluation")
 """Sources that decide what a score is: scores of other code are measured again."""
 
 PACKAGES = ("torch", "numpy", "pillow")
+SIZES = ("questions", "readings", "images", "scorers")
+"""Keys of `evaluation` that decide the embedded scores."""
+
 GRID = 8
 """Images of each set in the grid."""
 
@@ -97,7 +110,10 @@ def sweep(folder: Path) -> None:
 
 @dataclass
 class Session:
-    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already."""
+    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already.
+
+    as_trained: whether the embedded scores compare with those of the training.
+    """
 
     trained: Trained
     suite: Suite
@@ -106,6 +122,7 @@ class Session:
     protocols: dict[str, Mapping[str, Any]]
     missing: dict[str, str]
     failed: dict[str, str]
+    as_trained: bool
     seconds: dict[str, float] = field(default_factory=dict)
 
     @functools.cached_property
@@ -177,6 +194,7 @@ class Session:
             "weights": weights_name(trained),
             "step": trained.step,
             "ema": trained.weights.name == EMA,
+            "as_trained": self.as_trained,
             **facts,
             "protocol": {name: self.protocols[name] for name in parts},
             "scores": {name: score for found in parts.values() for name, score in found["scores"].items()},
@@ -201,7 +219,20 @@ def open_session(config: EvalConfig, run: Path) -> Session:
     suite = make_suite(config, trained)
     protocols, missing, failed = read_protocols(suite, trained.model)
     seed = trained.config.seed if config.seed is None else config.seed
-    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), protocols, missing, failed)
+    alike = as_trained(config.evaluation, suite, seed, trained)
+    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), protocols, missing, failed, alike)
+
+
+def as_trained(evaluation: Evaluation, suite: Suite, seed: int, trained: Trained) -> bool:
+    """Whether the embedded benchmarks are measured as the run's own training measured them: sizes, judges, seed,
+    sampler, code and versions."""
+    began, now = (read_json(trained.folder / "summary.json") or {}).get("provenance") or {}, provenance()
+    return (
+        all(getattr(evaluation, name) == getattr(trained.config.evaluation, name) for name in SIZES)
+        and suite.objective.sampler == trained.config.objective.sampler
+        and seed == trained.config.seed
+        and all(began.get(name) == now[name] for name in ("code", *VERSIONS))
+    )
 
 
 # --------------------------------------------------------------------------- plain values

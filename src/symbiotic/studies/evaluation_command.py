@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -35,9 +36,9 @@ been measured is not measured again, and what was interrupted goes on.
                      where an asset lies; without it, in the folder that SYMBIOTIC_ASSETS names. What is missing is
                      said in the table, and the rest is measured
   only=[a,b]         only these benchmarks: {embedded}, or configured ones
-  checkpoint=FILE    these weights, .safetensors or .ckpt (default: those that the run ended with)
-  step=N             the checkpoint of this optimiser step; 0: what joint training started from
-  ema=true           the averaged weights that the run ended with
+  checkpoint=FILE    of one run: these weights, .safetensors or .ckpt (default: those that the run ended with)
+  step=N             of one run: the checkpoint of this optimiser step; 0: what joint training started from
+  ema=true           of one run: the averaged weights that the run ended with
   seed=N             draws the noise that images start from (default: the run's own)
   sampler.steps=N  sampler.guidance=X  sampler.time_shift=X
                      image sampling (default: the run's own); part of the protocol
@@ -76,7 +77,7 @@ def act(arguments: Sequence[str]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as in training (see launch.run_arc)
     failed = evaluate(config, runs) if config.evaluate else []
     if config.runs is not None:
-        report(config, Path(config.runs))
+        report(config, Path(config.runs), shlex.join(["python", "src/eval.py", *arguments]))
     if failed:
         raise RunError(f"{len(failed)} not measured: {'; '.join(failed)}")
 
@@ -127,11 +128,11 @@ def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:
     return failed
 
 
-def report(config: EvalConfig, runs: Path) -> None:
+def report(config: EvalConfig, runs: Path, command: str) -> None:
     from symbiotic.studies.report import write_report
 
     folder = Path(config.report) if config.report is not None else runs / "report"
-    written = write_report(runs, config.study, config.factors, folder, config)
+    written = write_report(runs, config.study, config.factors, folder, config, command)
     print("\n".join(map(str, written)))
 
 

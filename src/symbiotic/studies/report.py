@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,18 +39,24 @@ COLUMNS = (
 
 
 def write_report(
-    runs: Path, study: str, factors: Sequence[str] | None, folder: Path, evaluation: EvalConfig | None
+    runs: Path,
+    study: str,
+    factors: Sequence[str] | None,
+    folder: Path,
+    evaluation: EvalConfig | None = None,
+    command: str = "",
 ) -> list[Path]:
     """Audit, compare, write; returns the files.
 
     Args:
         runs: every finished run below it. study: an option of `conf/study`. factors: instead of the study's.
         evaluation: what the runs were evaluated with. None, or one with `evaluate=false`: whatever was evaluated.
+        command: that makes this report, for the reader to repeat.
 
     Raises:
         ConfigError, AuditError, RunError: a study or runs that cannot be compared; nothing is written then.
     """
-    return report_of(read_study(study), runs, folder, factors, evaluation)
+    return report_of(read_study(study), runs, folder, factors, evaluation, command)
 
 
 def report_of(
@@ -60,11 +65,12 @@ def report_of(
     folder: Path,
     factors: Sequence[str] | None = None,
     evaluation: EvalConfig | None = None,
+    command: str = "",
 ) -> list[Path]:
     """`write_report` of a study that was read."""
     audit = audit_runs(runs, study, factors, lambda run: evaluation_of(run, evaluation))
     data = StudyData.of(audit)
-    made = document(data, audit_blocks(audit), command_of(runs, study.name, factors, folder), date_of(data))
+    made = document(data, audit_blocks(audit), command, date_of(data))
     return write_files(data, made, folder)
 
 
@@ -116,13 +122,6 @@ def date_of(study: StudyData) -> str:
     return datetime.datetime.fromtimestamp(float(fixed or newest), datetime.UTC).strftime("%Y-%m-%d")
 
 
-def command_of(runs: Path, study: str, factors: Sequence[str] | None, folder: Path) -> str:
-    words = [f"runs={runs}", f"study={study}"]
-    words += [f"factors=[{','.join(factors)}]"] if factors is not None else []
-    words += [f"report={folder}"] if folder != runs / "report" else []
-    return shlex.join(["python", "src/eval.py", *words])
-
-
 # --------------------------------------------------------------------------- results.csv
 
 
@@ -130,17 +129,17 @@ def results_csv(study: StudyData) -> str:
     """One row a run, step and score, with all that a number needs beside it."""
     import pandas as pd
 
-    rows = [row for arm in study.arms for run in arm.runs for row in rows_of(arm, run)]
+    rows = [row for arm in study.arms for run in arm.runs for row in rows_of(arm, run, study.step)]
     return str(pd.DataFrame(rows, columns=list(COLUMNS)).to_csv(index=False, lineterminator="\n"))
 
 
-def rows_of(arm: ArmData, run: Run) -> list[dict[str, Any]]:
+def rows_of(arm: ArmData, run: Run, at: int | None) -> list[dict[str, Any]]:
     summary, made = run.summary, run.summary["provenance"]
     facts = {"arm": arm.name, "seed": run.seed, "code": made["code"], "commit": made["commit"]}
     facts |= {"data": summary["data"], "config": config_hash(run)}
     rows: list[dict[str, Any]] = []
-    for anchor, scores in run.anchors.items():
-        rows += [{"step": anchor, "source": "anchor", "score": name, "value": v} for name, v in scores.items()]
+    for anchor, known in run.anchors(at).items():
+        rows += [{"step": anchor, "source": "anchor", "score": name, **found} for name, found in known.items()]
     evaluated = run.results.get("scores", {})
     for step, scores in sorted(run.scores.items()):
         n = summary["n"] if step == run.last else {}
@@ -148,17 +147,8 @@ def rows_of(arm: ArmData, run: Run) -> list[dict[str, Any]]:
             {"step": step, "source": "training", "score": name, "value": value, "n": n.get(name)}
             for name, value in scores.items()
         ]
-    for name, score in evaluated.items():
-        numbers = {key: score.get(key) for key in ("value", "n", "low", "high")}
-        rows.append(
-            {
-                "step": run.results["step"],
-                "source": "evaluation",
-                "score": name,
-                **numbers,
-                "protocol": protocol_hash(run),
-            }
-        )
+    of = {"step": run.last, "source": "evaluation", "protocol": protocol_hash(run)}
+    rows += [{**of, "score": name, **found} for name, found in evaluated.items()]
     return [
         facts | row | {"chance": metric(row["score"]).chance, "better": metric(row["score"]).better} for row in rows
     ]

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from symbiotic.evaluation.names import METRICS, metric
+from symbiotic.evaluation.names import METRICS, is_variant, metric
 from symbiotic.studies.audit import Arm, Audit
 from symbiotic.studies.curves import Series
 from symbiotic.studies.report_style import Look
 from symbiotic.studies.runs_of import Run
-from symbiotic.studies.statistics import Comparison, Interval
+from symbiotic.studies.statistics import Comparison, Interval, resampling_interval
 from symbiotic.studies.verdicts import Verdict, differences, forgetting, interference, verdicts
 
 Pair = tuple[str, str]
@@ -33,24 +33,25 @@ class ArmData(Arm):
     @cached_property
     def scores(self) -> dict[str, list[Series]]:
         """Score -> its values over the steps, one series a run; the last value is that of the evaluation."""
-        names = dict.fromkeys(name for run in self.runs for name in measured(run))
+        measured = {run.seed: {name for step in run.steps for name in run.names(step)} for run in self.runs}
+        names = dict.fromkeys(name for run in self.runs for step in run.steps for name in run.names(step))
         return {
-            name: [series(run, name) for run in self.runs if name in measured(run)] for name in names if self.has(name)
+            name: [series(run, name) for run in self.runs if name in measured[run.seed]]
+            for name in names
+            if self.has(name)
         }
 
-    def has(self, score: str) -> bool:
-        return self.generates or metric(score).side != "generation"
-
-    def samples(self, score: str) -> set[int]:
+    def samples(self, score: str, step: int | None = None) -> set[int]:
         """How many the score rests on; more than one number where runs differ."""
-        found = (evaluated(run, score).get("n", run.summary.get("n", {}).get(score)) for run in self.runs)
-        return {int(n) for n in found if n is not None}
+        return {n for run in self.runs if (n := run.samples(score, step)) is not None}
 
-    def resampled(self, score: str) -> Interval | None:
-        """The benchmark's own interval of an arm with one run, of a score that is no mean over samples."""
-        found = evaluated(self.runs[0], score) if len(self.runs) == 1 else {}
-        low, high = found.get("low"), found.get("high")
-        return None if low is None or high is None else (low, high)
+    def resampled(self, score: str, step: int | None = None) -> Interval | None:
+        """Of the mean over its seeds, from the benchmark's own interval in each: for a score that is no mean."""
+        seeds = self.values(score, step)
+        found = [run.evaluated(score, step) for run in self.runs if run.seed in seeds]
+        triples = [(one["value"], one["low"], one["high"]) for one in found if one]
+        known = [triple for triple in triples if None not in triple]
+        return resampling_interval(known) if len(known) == len(seeds) else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class StudyData:
     def of(cls, audit: Audit) -> StudyData:
         """The study's numbers, from the runs that passed the audit."""
         study, arms = audit.study, looked(audit)
-        names = dict.fromkeys(name for arm in arms for name in arm.scores if not is_part(name))
+        names = dict.fromkeys(name for arm in arms for name in arm.scores if not is_part(name) and not is_variant(name))
         understanding = [name for name in names if metric(name).side == "understanding"]
         return cls(
             name=study.name,
@@ -118,22 +119,11 @@ def looked(audit: Audit) -> list[ArmData]:
 
 def is_part(score: str) -> bool:
     """Of a benchmark: `mmlu/anatomy`."""
-    return "/" in score and score not in METRICS
-
-
-def evaluated(run: Run, score: str) -> Mapping[str, float | None]:
-    found: Mapping[str, float | None] = run.results.get("scores", {}).get(score, {})
-    return found
-
-
-def measured(run: Run) -> list[str]:
-    """Names of the scores that a run has, at any step."""
-    last = {name: None for name in run.results.get("scores", {}) if run.evaluated_at(run.last)}
-    return list({name: None for scores in run.scores.values() for name in scores} | last)
+    return "/" in score and score not in METRICS and not is_variant(score)
 
 
 def series(run: Run, name: str) -> Series:
     """A score over the steps, as `Run.score` gives it."""
-    found = ((step, run.score(name, step)) for step in sorted({*run.scores, run.last}))
+    found = ((step, run.score(name, step)) for step in run.steps)
     known = [(step, value) for step, value in found if value is not None]
     return [step for step, _ in known], [value for _, value in known]

@@ -65,9 +65,10 @@ def provenance(study: StudyData, command: str) -> list[Block]:
     listed = {name: text for name, text in versions.items() if name not in ("code", "commit")}
     text = f"Versions of the training: {', '.join(f'{name} {version}' for name, version in listed.items())}."
     caption = "Every run behind this report. Hashes: of the config, the package's sources, the corpus, the protocols."
+    made_by: list[Block] = [Text(["This report was made by:"]), Code(command)] if command else []
     return [
-        Text([text, "This report was made by:"]),
-        Code(command),
+        Text([text]),
+        *made_by,
         Folded(f"{counted(len(rows), 'run')}, one by one", [Table(caption, columns, rows, words=True)]),
     ]
 
@@ -88,7 +89,7 @@ def glossary(study: StudyData) -> list[Block]:
     terms = {}
     for side in SIDES:
         for name in tables.scores_of(study.arms, side):
-            facts, counts = metric(name), sorted({n for arm in study.arms for n in arm.samples(name)})
+            facts, counts = metric(name), sorted({n for arm in study.arms for n in arm.samples(name, study.step)})
             what = [MEANINGS.get(name, "as its benchmark defines it")]
             what += [f"{facts.better} is better"]
             what += [f"chance {facts.chance:g}"] if facts.chance is not None else []

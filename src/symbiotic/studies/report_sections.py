@@ -44,7 +44,7 @@ SHOWN = 8
 def document(study: StudyData, audit: Sequence[Block], command: str, date: str) -> Document:
     """The whole report. audit: the blocks of that section. command: what made the report."""
     pictures = {arm.name: swatch(arm.look, arm.name) for arm in study.arms}
-    drawn = [draw(arm) for arm in study.arms]
+    drawn = [draw(arm, study.step) for arm in study.arms]
     sections = [
         Section("summary", "Summary", [Text([summary(study)], loud=True), *absent(study)]),
         Section("verdicts", "Verdicts", verdicts(study)),
@@ -62,11 +62,11 @@ def document(study: StudyData, audit: Sequence[Block], command: str, date: str) 
     return Document(study.question, facts, sections, {arm.shown: pictures[arm.name] for arm in study.arms})
 
 
-def draw(arm: ArmData) -> figures.Drawn:
+def draw(arm: ArmData, step: int | None) -> figures.Drawn:
     """The arm as the figures need it."""
     logged = dict.fromkeys(name for run in arm.runs for name in run.metrics)
     metrics = {name: [run.metrics[name] for run in arm.runs if name in run.metrics] for name in logged}
-    starts = {a: {name: arm.anchor(a, name) for name in arm.scores} for a in figures.ANCHORS}
+    starts = {a: {name: arm.anchor(a, name, step) for name in arm.scores} for a in figures.ANCHORS}
     return figures.Drawn(arm.shown, arm.look, arm.scores, metrics, starts)
 
 
@@ -117,12 +117,14 @@ def spread(study: StudyData, score: str) -> str:
         return ""
     low, high = min(ends, key=lambda n: ends[n]), max(ends, key=lambda n: ends[n])
     words = facts.title[:1].upper() + facts.title[1:]
-    before = {seed: v for arm in study.arms for seed, v in arm.anchor("stage 0", score).items()}
+    before = {seed: v for arm in study.arms for seed, v in arm.anchor("stage 0", score, study.step).items()}
     start = f", from {number(statistics.fmean(before.values()), facts.digits)} at stage 0" if before else ""
     if len(ends) == 1:
         return f"{words} ends at {number(ends[low], facts.digits)} ({low}){start}."
-    between = f"{number(ends[low], facts.digits)} ({low}) and {number(ends[high], facts.digits)} ({high})"
-    return f"{words} ends between {between}{start}."
+    least, most = (number(ends[name], facts.digits) for name in (low, high))
+    if least == most:
+        return f"{words} ends at {least} in all arms{start}."
+    return f"{words} ends between {least} ({low}) and {most} ({high}){start}."
 
 
 def verdicts(study: StudyData) -> list[Block]:

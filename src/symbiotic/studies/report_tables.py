@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from symbiotic.evaluation.names import METRICS, Metric, metric
+from symbiotic.evaluation.names import METRICS, Metric, is_variant, metric
 from symbiotic.layout import pool_sizes, visible_pools
 from symbiotic.schema import Model, System, parse
 from symbiotic.studies.curves import KIND_NAMES
@@ -56,11 +56,12 @@ def counted(n: int, one: str, many: str = "") -> str:
 
 
 def scores_of(arms: Sequence[ArmData], side: str, parts: bool = False) -> list[str]:
-    """Names of the scores that any arm has, official ones first, then in the order in which they are defined.
+    """Names of the scores that any arm has, official ones first, then in the order in which they are defined; those of
+    averaged weights and of shares of the samples stand in the curves.
 
     parts: instead, those of parts of a benchmark (`mmlu/anatomy`).
     """
-    found = dict.fromkeys(name for arm in arms for name in arm.scores)
+    found = dict.fromkeys(name for arm in arms for name in arm.scores if not is_variant(name))
     wanted = [n for n in found if metric(n).side == side and is_part(n) == parts]
     return sorted(wanted, key=place)
 
@@ -86,13 +87,13 @@ def title(name: str, facts: Metric) -> str:
     return facts.title if not is_part(name) else f"{facts.title}: {name.split('/', 1)[1]}"
 
 
-def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str]) -> list[Row]:
+def anchor_rows(arms: Sequence[ArmData], scores: Sequence[str], step: int | None) -> list[Row]:
     """Stage 0, and iteration 0 (behind the split), once for all arms that have the same values there."""
     rows = []
     for name in ("stage 0", "iteration 0"):
         groups: list[tuple[list[str], dict[str, Seeds]]] = []
         for arm in arms:
-            values = {score: arm.anchor(name, score) for score in scores}
+            values = {score: arm.anchor(name, score, step) for score in scores}
             if any(values.values()):
                 group = next((group for group in groups if agree(group[1], values)), None)
                 if group is None:
@@ -137,25 +138,34 @@ def main_table(
     scores = scores_of(arms, side)
     if not scores:
         return None
-    rows = anchor_rows(arms, scores)
+    rows = anchor_rows(arms, scores, step)
     for arm in arms:
-        cells = []
-        for score in scores:
-            digits, found = metric(score).digits, differences.get((arm.name, score))
-            values = list(arm.values(score, step).values())
-            notes = ["reference" if arm.name == reference and values else difference(found, digits)]
-            own = arm.resampled(score) if values else None
-            notes += [f"resampled {number(own[0], digits)} to {number(own[1], digits)}"] if own else []
-            cells.append(
-                Cell(mean_sd(values, digits), "; ".join(filter(None, notes)), found is not None and found.sure)
-            )
+        compared = {score: differences.get((arm.name, score)) for score in scores}
+        cells = [score_cell(arm, score, step, compared[score], arm.name == reference) for score in scores]
         rows.append(arm_row(arm, cells, pictures))
-    columns = [score_column(score, {n for arm in arms for n in arm.samples(score)}) for score in scores]
+    columns = [score_column(score, {n for arm in arms for n in arm.samples(score, step)}) for score in scores]
     text = "One seed, so neither deviation nor interval; below a score, the difference to the reference arm."
     if paired(arms):
         text = f"{SPREAD}; below it, the difference to {reference}, paired by seed, with its 95 % t interval"
         text += "; bold where that excludes 0."
+    if any(arm.resampled(score, step) for arm in arms for score in scores):
+        text += " Resampled: 95 % interval of the mean by the images drawn, which leaves out how seeds differ."
     return Table(f"{side.capitalize()}. {text}", [Column("arm"), *columns], rows)
+
+
+def score_cell(arm: ArmData, score: str, step: int | None, found: Comparison | None, reference: bool) -> Cell:
+    """found: the difference to the reference arm."""
+    digits, values = metric(score).digits, list(arm.values(score, step).values())
+    notes = ["reference" if reference and values else difference(found, digits), lost(arm, score, step)]
+    own = arm.resampled(score, step)
+    notes += [f"resampled {number(own[0], digits)} to {number(own[1], digits)}"] if own else []
+    return Cell(mean_sd(values, digits), "; ".join(filter(None, notes)), found is not None and found.sure)
+
+
+def lost(arm: ArmData, score: str, step: int | None) -> str:
+    """`n 2 of 3 seeds` where seeds have no number."""
+    n, of = len(arm.values(score, step)), len(arm.runs)
+    return f"n {n} of {of} seeds" if n < of and score in arm.scores else ""
 
 
 def paired(arms: Sequence[ArmData]) -> bool:
@@ -187,8 +197,10 @@ def parts_table(arms: Sequence[ArmData], side: str, step: int | None) -> Table |
     scores = scores_of(arms, side, parts=True)
     rows = []
     for score in scores:
-        facts, counts = metric(score), {n for arm in arms for n in arm.samples(score)}
-        cells = [Cell(mean_sd(list(arm.values(score, step).values()), facts.digits)) for arm in arms]
+        facts, counts = metric(score), {n for arm in arms for n in arm.samples(score, step)}
+        cells = [
+            Cell(mean_sd(list(arm.values(score, step).values()), facts.digits), lost(arm, score, step)) for arm in arms
+        ]
         rows.append(Row(f"{title(score, facts)} {arrow(facts.better)}", cells, note=score_column(score, counts).note))
     caption = "Parts of benchmarks: subjects, groups, categories." + (f" {SPREAD}." if paired(arms) else "")
     return Table(caption, [Column("part"), *(Column(arm.name) for arm in arms)], rows) if rows else None

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic.claim import owner
-from symbiotic.runs import provenance
+from symbiotic.runs import VERSIONS, provenance
 from symbiotic.schema import RunError
 from symbiotic.studies import ledger, results_file
 from symbiotic.studies.member import RUNNER
 from symbiotic.studies.plan import Cell, Forecast, forecast, missing_parents
 from symbiotic.studies.runs_of import listed, read_run
-from symbiotic.studies.sameness import VERSIONS
 from symbiotic.studies.study import Study
 
 Launch = Callable[[Sequence[Sequence[str]]], Any]

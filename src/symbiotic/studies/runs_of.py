@@ -13,6 +13,7 @@ import yaml
 
 from symbiotic.callbacks.events import EVENTS, read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
+from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.config import VOLATILE, VOLATILE_TRAINER
 from symbiotic.evaluation.context import whole_lines
 from symbiotic.evaluation.names import metric
@@ -31,7 +32,12 @@ INSTRUMENTS = (
 
 
 ANCHORS = "anchors.json"
-"""In an evaluation: the official scores of the run's parent and of its start."""
+"""In an evaluation: the scores of the run's parent and of its start that the training did not measure alike."""
+
+STARTS = ("stage 0", "iteration 0")
+
+Measured = Mapping[str, Any]
+"""`value` and `n` of a score; of an evaluation with `benchmark`, `low` and `high`."""
 
 
 class AuditError(RunError):
@@ -40,7 +46,8 @@ class AuditError(RunError):
 
 @dataclass
 class Run:
-    """A finished run. results, evaluation: what `studies/evaluate.py` wrote, and its folder; {} where it did not."""
+    """A finished run. results, evaluation: what `studies/evaluate.py` wrote of the weights that it ended with, and the
+    folder; {} where it did not."""
 
     folder: Path
     summary: dict[str, Any]
@@ -70,15 +77,26 @@ class Run:
         return {name: int(value) for name, value in found.items()} if isinstance(found, dict) else None
 
     @cached_property
-    def anchors(self) -> dict[str, dict[str, float | None]]:
-        """`stage 0` and `iteration 0` -> scores: embedded ones as the training measured them, official ones as
-        evaluated."""
-        found = {name: dict(scores) for name, scores in self.summary.get("anchors", {}).items()}
-        path = self.evaluation / ANCHORS if self.evaluation is not None else None
-        for name, scores in ((read_json(path) if path else None) or {}).items():
-            if isinstance(scores, dict):
-                found.setdefault(name, {}).update({score: entry["value"] for score, entry in scores.items()})
-        return found
+    def measured_anchors(self) -> dict[str, dict[str, Measured]]:
+        """`stage 0` and `iteration 0` -> what `studies/anchors.py` measured of them."""
+        found = (read_json(self.evaluation / ANCHORS) if self.evaluation is not None else None) or {}
+        return {name: scores for name, scores in found.items() if isinstance(scores, dict)}
+
+    def anchor(self, anchor: str, name: str, step: int | None = None) -> Measured:
+        """`value` and `n` of a score at `stage 0` or `iteration 0`, measured like its value at a step (None: the last);
+        {} where it was not."""
+        evaluated = self.evaluated(name, step)
+        if evaluated and not anchored_by_training(self.results, evaluated["benchmark"]):
+            return self.measured_anchors.get(anchor, {}).get(name, {})
+        value = self.summary.get("anchors", {}).get(anchor, {}).get(name)
+        return {} if value is None else {"value": value, "n": self.summary["n"].get(name)}
+
+    def anchors(self, step: int | None = None) -> dict[str, dict[str, Measured]]:
+        """`stage 0` and `iteration 0` -> every score that they have."""
+        known = [self.summary.get("anchors", {}), self.measured_anchors]
+        names = {anchor: [*dict.fromkeys(name for one in known for name in one.get(anchor, {}))] for anchor in STARTS}
+        every = {anchor: {name: self.anchor(anchor, name, step) for name in found} for anchor, found in names.items()}
+        return {anchor: {name: m for name, m in found.items() if m} for anchor, found in every.items()}
 
     def score(self, name: str, step: int | None = None) -> float | None:
         """At a step (None: the last): as evaluated, else as measured in training; `routing/...` as logged."""
@@ -87,13 +105,32 @@ class Run:
             pooled = self.summary.get("routing", {}) if step == self.last else {}
             logged = dict(zip(*self.metrics.get(name, ([], [])), strict=True))
             return _number(pooled.get(name, logged.get(step)))
-        if self.evaluated_at(step) and name in self.results["scores"]:
-            return _number(self.results["scores"][name]["value"])
+        evaluated = self.evaluated(name, step)
+        if evaluated:
+            return _number(evaluated["value"])
         found = self.scores.get(step, {})
         return _number(found.get(name, self.summary["scores"].get(name) if step == self.last else None))
 
-    def evaluated_at(self, step: int) -> bool:
-        return bool(self.results) and self.results.get("step") == step and not self.results.get("ema")
+    @property
+    def steps(self) -> list[int]:
+        """At which anything was measured."""
+        return sorted({*self.scores, self.last})
+
+    def names(self, step: int | None = None) -> list[str]:
+        """Of the scores that were measured at a step (None: the last), also those that gave no number."""
+        step = self.last if step is None else step
+        trained = [*self.scores.get(step, {}), *(self.summary["scores"] if step == self.last else ())]
+        return [*dict.fromkeys([*trained, *(self.results.get("scores", {}) if step == self.last else ())])]
+
+    def samples(self, name: str, step: int | None = None) -> int | None:
+        """Behind a score at a step (None: the last), where that is known."""
+        n = self.evaluated(name, step).get("n", self.summary.get("n", {}).get(name))
+        return None if n is None else int(n)
+
+    def evaluated(self, name: str, step: int | None = None) -> Measured:
+        """What the evaluation says of a score at a step (None: the last); {} where it did not measure it."""
+        there = self.results if step in (None, self.last) else {}
+        return there.get("scores", {}).get(name, {})
 
     def answers(self, name: str, step: int | None = None) -> dict[str, float]:
         """Question -> whether it was answered right, from the records behind a share of right answers; {} without."""
@@ -102,13 +139,18 @@ class Run:
             return {}
         wanted, held_out = RECORDS.get(name, name.split("/")[0]), name.endswith("_held_out")
         subject = name.split("/", 1)[1] if "/" in name else None
-        if self.evaluation is not None and self.evaluated_at(step) and name in self.results["scores"]:
+        if self.evaluation is not None and self.evaluated(name, step):
             path = self.evaluation / f"{wanted}.jsonl"
         else:
             path = self.folder / "predictions" / f"step={step:06d}.jsonl"
         records = whole_lines(path) if path.is_file() else ()
         mine = (r for r in records if r.get("benchmark") == wanted and (r.get("held_out") or not held_out))
         return {str(r["id"]): float(r["correct"]) for r in mine if subject in (None, r.get("subject"))}
+
+
+def anchored_by_training(results: Mapping[str, Any], benchmark: str) -> bool:
+    """Whether the anchors that the training measured stand beside the values of an evaluation."""
+    return benchmark in EMBEDDED and bool(results.get("as_trained"))
 
 
 RECORDS = {"embedded_acc": "generation", "embedded_acc_held_out": "generation", "ocrbench_share": "ocrbench"}

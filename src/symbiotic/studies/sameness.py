@@ -8,18 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from symbiotic.runs import digest
+from symbiotic.runs import VERSIONS, digest
 from symbiotic.schema import Config, parse
 from symbiotic.studies.runs_of import MISSING, SHOWN, AuditError, Run, differing, listed
 
-VERSIONS = ("torch", "numpy", "lightning")
 IDENTITY = {
     "evaluation_code": "evaluation code",
     "versions": "versions in the evaluation",
     "sampler": "sampler",
     "size": "image size",
     "data": "corpus",
-    "ema": "choice of averaged weights",
 }
 """Keys of results.json that decide its scores, and what they are called."""
 
@@ -74,7 +72,6 @@ def check_results(runs: Sequence[Run]) -> None:
     runs = [run for run in runs if run.results]
     for key, what in IDENTITY.items():
         refuse(runs, what, lambda run, key=key: run.results.get(key))  # type: ignore[misc]
-    refuse(runs, "evaluated step", lambda run: "last" if run.results["step"] == run.last else run.results["step"])
     if len({run.results["seed"] for run in runs}) > 1:  # not one seed for all: then each run's own
         refuse(runs, "seed of the images, next to its own,", lambda run: run.results["seed"] - run.seed)
     for benchmark in dict.fromkeys(name for run in runs for name in run.results["protocol"]):

@@ -176,27 +176,13 @@ def find_controls(configs: Mapping[str, Mapping[str, Any]], stated: Mapping[str,
 # --------------------------------------------------------------------------- factors
 
 
-DERIVED = {
-    "model.gen_fraction": "system.pools",
-    "phases.steps": "phases.list",
-    "phases.shield_steps": "phases.list",
-    "phases.release_scale": "phases.list",
-}
-"""Keys from whose values others follow in the shipped config: who declares the first has declared the second."""
-
-
 def set_by_ablations(key: str, names: Iterable[str]) -> str | None:
     """`ablation=NAME` of the one that sets a key."""
     return next((by for own, by in explicit_keys(list(names), ()).items() if covers(own, key)), None)
 
 
 def covers(factor: str, key: str) -> bool:
-    """Whether a key is the factor, stands below it, or follows from it."""
-    follows = [target for source, target in DERIVED.items() if below(source, factor)]
-    return any(below(key, one) for one in (factor, *follows))
-
-
-def below(key: str, factor: str) -> bool:
+    """Whether a key is the factor, or stands below it."""
     return key == factor or key.startswith((f"{factor}.", f"{factor} "))
 
 

@@ -13,7 +13,7 @@ from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.evaluation.embedded import Scores
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.runs import provenance, read_json, write_json, write_text
+from symbiotic.runs import read_json, write_json, write_text
 from symbiotic.schema import Config, ConfigError, RunError
 from symbiotic.studies import console
 from symbiotic.studies.curves import draw_instruments
@@ -152,7 +152,7 @@ def write(arc: Arc, scores: Scores) -> float:
             "routing": routing_of(logged),
             "events": dict(Counter(event["kind"] for event in events)),
             "seconds": {name: round(s, 1) for name, s in arc.journal.seconds.items()},
-            "provenance": provenance(),
+            "provenance": arc.provenance,
         },
     )
     return value

@@ -50,7 +50,7 @@ class Scored(Protocol):
 
     def values(self, score: str, step: int | None = None) -> Seeds: ...
 
-    def anchor(self, name: str, score: str) -> Seeds: ...
+    def anchor(self, name: str, score: str, step: int | None = None) -> Seeds: ...
 
     def answers(self, score: str, step: int | None = None) -> Answers: ...
 
@@ -93,7 +93,7 @@ def forgetting(
 ) -> dict[tuple[str, str], Comparison]:
     """(arm, score) -> against stage 0, the parent of the same seed."""
     pairs = [(arm, score) for score in scores for arm in arms]
-    found = {(a.name, score): compare(a.values(score, step), a.anchor(STAGE0, score)) for a, score in pairs}
+    found = {(a.name, score): compare(a.values(score, step), a.anchor(STAGE0, score, step)) for a, score in pairs}
     return {key: value for key, value in found.items() if value is not None}
 
 
@@ -165,14 +165,18 @@ def two_sides(hypothesis: Hypothesis, arms: Mapping[str, Scored], step: int | No
     arm, at = arms.get(hypothesis.arm), step if hypothesis.step is None else hypothesis.step
     if arm is None:
         return None
+    values = arm.values(hypothesis.metric, at)
     if hypothesis.against in (STAGE0, ITERATION0):
-        other: Seeds = arm.anchor(hypothesis.against, hypothesis.metric)
-    else:
-        name = arm.control if hypothesis.against == CONTROL else hypothesis.against
-        if name is None or name not in arms:
-            return None
-        other = arms[name].values(hypothesis.metric, at)
-    return arm.values(hypothesis.metric, at), other
+        return values, arm.anchor(hypothesis.against, hypothesis.metric, at)
+    other = other_arm(hypothesis, arms)
+    return None if other is None else (values, other.values(hypothesis.metric, at))
+
+
+def other_arm(hypothesis: Hypothesis, arms: Mapping[str, Scored]) -> Scored | None:
+    """That the arm is held against, or its control; None for an anchor, and where it is not there."""
+    arm = arms.get(hypothesis.arm)
+    control = arm.control if arm is not None else None
+    return arms.get(str(control if hypothesis.against == CONTROL else hypothesis.against))
 
 
 # --------------------------------------------------------------------------- words
@@ -183,7 +187,7 @@ def worded(found: Verdict, arms: Mapping[str, Scored]) -> str:
     h = found.hypothesis
     where = f" at step {h.step}" if h.step is not None else ""
     compared = f"{title(h.metric)} of {h.arm} against {opponent(h, arms)}{where}"
-    marked = [arm for name in (h.arm, h.against) if (arm := arms.get(name)) is not None and arm.intervened]
+    marked = [arm for arm in (arms.get(h.arm), other_arm(h, arms)) if arm is not None and arm.intervened]
     note = f"; the collapse alarm changed {' and '.join(arm.name for arm in marked)}" if marked else ""
     return f"{h.claim}: {compared} {measured(found)}{note}"
 
