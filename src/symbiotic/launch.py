@@ -23,7 +23,6 @@ from symbiotic.claim import claimed
 from symbiotic.config import CONF, Composer, load
 from symbiotic.hints import explain
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
-from symbiotic.studies import study_command
 from symbiotic.studies.member import run_member
 
 WRONG_CONFIG, FAILED, INTERRUPTED = 2, 1, 130
@@ -206,7 +205,9 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
         ConfigError: one of the runs is wrong.
     """
     master = composer.composed(overrides, multirun=True)
-    if study_command.study_in(master) is not None:
+    if master.hydra.runtime.choices.get("study") not in (None, "none"):
+        from symbiotic.studies import study_command
+
         study, cells = study_command.plan(composer, master, overrides)
         return lambda: interruptible(lambda: study_command.run(composer, master, study, cells, job))
     multirun = prepare_runs(composer, master, overrides, multirun)

@@ -63,6 +63,10 @@ VARIANTS = {"ema": "averaged weights", "quick": "a share of the samples"}
 """What stands before a name of a score that training also measured otherwise: `ema/quick/reading`."""
 
 
+STEPS_TO = "steps_to/"
+"""What stands before a score and the target that it reaches: `steps_to/flow_error@0.05`."""
+
+
 def is_variant(name: str) -> bool:
     return name.split("/")[0] in VARIANTS
 
@@ -73,6 +77,10 @@ def metric(name: str) -> Metric:
         prefix, _, rest = name.partition("/")
         found = metric(rest)
         return replace(found, title=f"{found.title}, {VARIANTS[prefix]}", official=False)
+    if name.startswith(STEPS_TO):
+        score, _, target = name.removeprefix(STEPS_TO).rpartition("@")
+        found = metric(score)
+        return Metric(f"steps to {found.title} {target}", found.side, "lower", digits=0)
     base, at, _ = name.partition("@")
     if at and base in METRICS:  # the same formula on other features, which is not the metric of that name
         return replace(METRICS[base], title=name, official=False)

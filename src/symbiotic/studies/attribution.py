@@ -60,18 +60,32 @@ def effects(levels: Levels, design: Mapping[str, Sequence[str]], values: Mapping
 
 def effect(levels: Levels, values: Mapping[str, Seeds], changes: tuple[Change, ...]) -> Effect:
     """One effect; without groups where the design has no arms for it."""
+    groups, first, second = sides(levels, values, changes)
+    return Effect(changes, groups, compare(first, second))
+
+
+def sides(levels: Levels, values: Mapping[str, Seeds], changes: tuple[Change, ...]) -> tuple[int, Seeds, Seeds]:
+    """How many groups of arms tell an effect, and by seed the means of what counts for it and against it."""
     groups = matched({arm: of for arm, of in levels.items() if arm in values}, changes)
     arms = {arm for group in groups for arm in group.values()}
     seeds = sorted(set.intersection(*(set(values[arm]) for arm in arms))) if arms else []
-    sides: tuple[dict[int, float], dict[int, float]] = ({}, {})
+    found: tuple[dict[int, float], dict[int, float]] = ({}, {})
     for seed in seeds:
-        for positive, side in zip((True, False), sides, strict=True):
+        for positive, side in zip((True, False), found, strict=True):
             summed = [
                 sum(values[arm][seed] for signs, arm in group.items() if (signs.count(False) % 2 == 0) == positive)
                 for group in groups
             ]
             side[seed] = sum(summed) / len(groups)
-    return Effect(changes, len(groups), compare(*sides))
+    return len(groups), *found
+
+
+def named(text: str, design: Mapping[str, Sequence[str]]) -> tuple[Change, ...] | None:
+    """The changes of an effect's name, as in `pools: two × rates: two`; None where the design has no such."""
+    words = [part.partition(": ") for part in text.split(" × ")]
+    known = all(level in design.get(factor, ())[1:] for factor, _, level in words)
+    apart = len({factor for factor, _, _ in words}) == len(words) <= 2
+    return tuple((factor, design[factor][0], level) for factor, _, level in words) if known and apart else None
 
 
 def matched(levels: Levels, changes: tuple[Change, ...]) -> list[dict[tuple[bool, ...], str]]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from symbiotic.evaluation.names import METRICS, is_variant, metric
+from symbiotic.evaluation.names import METRICS, STEPS_TO, is_variant, metric
+from symbiotic.studies.attribution import Levels
 from symbiotic.studies.audit import Arm, Audit
 from symbiotic.studies.curves import Series
 from symbiotic.studies.report_style import Look
@@ -61,6 +62,8 @@ class StudyData:
     Args:
         step: which step the numbers are of; None: the last.
         differences, forgetting, interference: (arm, score) -> against the reference, stage 0, and the control.
+        design: factor -> its levels. levels: arm -> factor -> level, for the arms of the design.
+        speeds: names of scores that are steps to a target.
         problems: lines about the study as a whole: missing cells, runs left out.
     """
 
@@ -73,6 +76,9 @@ class StudyData:
     forgetting: Mapping[Pair, Comparison] = field(default_factory=dict)
     interference: Mapping[Pair, Comparison] = field(default_factory=dict)
     verdicts: Sequence[Verdict] = ()
+    design: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    levels: Levels = field(default_factory=dict)
+    speeds: Sequence[str] = ()
     problems: Sequence[str] = ()
 
     @classmethod
@@ -91,6 +97,9 @@ class StudyData:
             forgetting=forgetting(arms, understanding, study.step),
             interference=interference(arms, understanding, study.step),
             verdicts=verdicts(study, arms),
+            design={factor: list(levels) for factor, levels in study.design.items()},
+            levels=study.levels,
+            speeds=[f"{STEPS_TO}{score}@{target:g}" for score, target in study.targets.items()],
             problems=audit.problems,
         )
 

@@ -9,6 +9,7 @@ from typing import get_args
 from symbiotic.data.errors import DataError
 from symbiotic.evaluation.images import image_facts
 from symbiotic.evaluation.names import metric
+from symbiotic.studies import report_factors as factors
 from symbiotic.studies import report_figures as figures
 from symbiotic.studies import report_origin as origin
 from symbiotic.studies import report_tables as tables
@@ -50,6 +51,7 @@ def document(study: StudyData, audit: Sequence[Block], command: str, date: str) 
         Section("verdicts", "Verdicts", verdicts(study)),
         Section("results", "Results", results(study, pictures)),
         Section("forgetting", "Forgetting and interference", forgetting(study, drawn, pictures)),
+        *factors.sections(study, drawn, pictures),
         Section("curves", "Learning curves", curves(drawn)),
         Section("routing", "Routing", routing(study, drawn, pictures)),
         Section("samples", "Generated images", samples(study)),

@@ -19,6 +19,7 @@ from symbiotic.evaluation.context import whole_lines
 from symbiotic.evaluation.names import metric
 from symbiotic.runs import read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse
+from symbiotic.studies import speed
 from symbiotic.studies.curves import Series, read_series
 
 IGNORED = (*VOLATILE, "seed", "ablation")
@@ -30,6 +31,9 @@ INSTRUMENTS = (
 )
 """Callbacks that look on."""
 
+
+LOGGED = ("routing/", "leak/", "conflict/")
+"""Names of what was logged, not measured by a benchmark."""
 
 ANCHORS = "anchors.json"
 """In an evaluation: the scores of the run's parent and of its start that the training did not measure alike."""
@@ -99,9 +103,13 @@ class Run:
         return {anchor: {name: m for name, m in found.items() if m} for anchor, found in every.items()}
 
     def score(self, name: str, step: int | None = None) -> float | None:
-        """At a step (None: the last): as evaluated, else as measured in training; `routing/...` as logged."""
+        """At a step (None: the last): as evaluated, else as measured in training; `routing/...`, `leak/...` and
+        `conflict/...` as logged; `steps_to/SCORE@TARGET` by the whole course of the score."""
         step = self.last if step is None else step
-        if name.startswith("routing/"):
+        if (aim := speed.parsed(name)) is not None:
+            course = [(at, value) for at in self.steps if (value := self.score(aim[0], at)) is not None]
+            return speed.reached(name, ([at for at, _ in course], [value for _, value in course]))
+        if name.startswith(LOGGED):
             pooled = self.summary.get("routing", {}) if step == self.last else {}
             logged = dict(zip(*self.metrics.get(name, ([], [])), strict=True))
             return _number(pooled.get(name, logged.get(step)))

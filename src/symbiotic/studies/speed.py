@@ -10,11 +10,10 @@ from __future__ import annotations
 import math
 import re
 
-from symbiotic.evaluation.names import metric
+from symbiotic.evaluation.names import STEPS_TO, metric
 from symbiotic.studies.curves import Series
 
-PREFIX = "steps_to/"
-NAME = re.compile(r"steps_to/(?P<score>.+)@(?P<target>[-+.\de]+)")
+NAME = re.compile(rf"{STEPS_TO}(?P<score>.+)@(?P<target>[-+.\de]+)")
 
 
 def parsed(name: str) -> tuple[str, float] | None:

@@ -18,14 +18,16 @@ import yaml
 from symbiotic.config import CONF, compose, explicit_keys
 from symbiotic.evaluation.names import METRICS
 from symbiotic.schema import ConfigError, near_miss, parse
+from symbiotic.studies.attribution import named
 from symbiotic.studies.runs_of import differing, plain, training_keys
+from symbiotic.studies.speed import parsed
 
 STAGE0, ITERATION0, CONTROL = "stage 0", "iteration 0", "control"
 ANCHORS = (STAGE0, ITERATION0, CONTROL)
 """What an arm may be held against beside other arms: the parent of the same seed, the same run behind its split, and
 the arm that differs in nothing but that its mix leaves generation out."""
 
-ROUTING = re.compile(r"routing/[\w@.]+/(text|prompt|vit|vae|und|all)")
+ROUTING = re.compile(r"routing/[\w@.]+/(text|prompt|vit|vae|und|all)|leak/(all|layer\d+)|conflict/\w+/\w+")
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,15 @@ class Hypothesis:
     """`metric` of `arm` is higher (lower) than that of `against` by more than `margin`; equal: closer than `margin`.
 
     against: an arm, or `stage 0`, `iteration 0`, `control` of the arm. step: null: that of the study.
+    effect: in place of both, one of the design: `FACTOR: LEVEL` against its first level, or two joined by ` × `.
     """
 
     claim: str
     metric: str
-    arm: str
-    against: str
     expect: Literal["higher", "lower", "equal"]
+    arm: str = ""
+    against: str = ""
+    effect: str = ""
     margin: float = 0.0
     step: int | None = None
 
@@ -58,6 +62,7 @@ class Study:
             a factor is the one that the others are held against.
         leave_out: combinations that are no arms, as factor -> level; factors that are not named have any level.
         controls: arm -> its understanding-only control, where it is not the arm that differs in the mix only.
+        targets: score -> the value whose first step tells how fast an arm is.
         logged: names of metrics.csv that results.csv keeps beside the scores; `*` for any text.
         budget_hours: no run of the study is begun once its runs took so many hours, those side by side added up.
         retries: how often a run that failed is begun again.
@@ -77,6 +82,7 @@ class Study:
     leave_out: tuple[dict[str, str], ...] = ()
     controls: dict[str, str] = field(default_factory=dict)
     hypotheses: tuple[Hypothesis, ...] = ()
+    targets: dict[str, float] = field(default_factory=dict)
     logged: tuple[str, ...] = ()
     budget_hours: float | None = None
     retries: int = 1
@@ -219,20 +225,44 @@ def _check_words(study: Study) -> None:
     for arm, control in study.controls.items():
         _one_of("study.controls", arm, study.arms)
         _one_of(f"study.controls.{arm}", control, study.arms)
+    for score in study.targets:
+        _known("study.targets", score, METRICS, "the scores")
     for i, hypothesis in enumerate(study.hypotheses):
         _check_hypothesis(f"study.hypotheses[{i}]", hypothesis, study)
 
 
 def _check_hypothesis(key: str, hypothesis: Hypothesis, study: Study) -> None:
+    if hypothesis.effect:
+        _check_effect(key, hypothesis, study)
+    else:
+        _check_sides(key, hypothesis, study)
+    _check_metric(key, hypothesis)
+
+
+def _check_effect(key: str, hypothesis: Hypothesis, study: Study) -> None:
+    if hypothesis.arm or hypothesis.against:
+        raise ConfigError(f"{key}.effect: stands in place of arm and against; leave these out")
+    if named(hypothesis.effect, {factor: list(levels) for factor, levels in study.design.items()}) is None:
+        known = [f"{factor}: {level}" for factor, levels in study.design.items() for level in list(levels)[1:]]
+        right = f"must be one or two, joined by ' × ', of {', '.join(known) or 'a design, which the study has not'}"
+        raise ConfigError(f"{key}.effect={hypothesis.effect}: {right}")
+
+
+def _check_sides(key: str, hypothesis: Hypothesis, study: Study) -> None:
     _one_of(f"{key}.arm", hypothesis.arm, study.arms)
     if hypothesis.against not in ANCHORS:
         _one_of(f"{key}.against", hypothesis.against, [*study.arms, *ANCHORS])
     if hypothesis.against == hypothesis.arm:
         raise ConfigError(f"{key}.against={hypothesis.against}: must be another arm than {key}.arm")
+
+
+def _check_metric(key: str, hypothesis: Hypothesis) -> None:
     name = hypothesis.metric
-    if name not in METRICS and name.split("/")[0] not in METRICS and not ROUTING.fullmatch(name):
-        known = near_miss(name, METRICS)
-        raise ConfigError(f"{key}.metric={name}: no such score, nor routing/METRIC/KIND; {known}")
+    aim = parsed(name)
+    score = name if aim is None else aim[0]
+    if score not in METRICS and score.split("/")[0] not in METRICS and not ROUTING.fullmatch(score):
+        known = near_miss(score, METRICS)
+        raise ConfigError(f"{key}.metric={name}: no such score, nor routing/METRIC/KIND or leak/all; {known}")
     if hypothesis.margin < 0 or (hypothesis.expect == "equal" and hypothesis.margin == 0):
         right = "must be above 0: how far apart counts as equal" if hypothesis.expect == "equal" else "must not be < 0"
         raise ConfigError(f"{key}.margin={hypothesis.margin:g}: {right}")

@@ -13,16 +13,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from symbiotic.claim import claimed
 from symbiotic.config import Composer
 from symbiotic.schema import ConfigError, RunError
+from symbiotic.studies.audit import differences
 from symbiotic.studies.plan import Cell, cells_of
+from symbiotic.studies.runs_of import AuditError, Run
 from symbiotic.studies.study import Study, study_of
 
 DONE, INCOMPLETE = 0, 1
-
-
-def study_in(master: DictConfig) -> str | None:
-    """The study that a composed config names; None for `none`."""
-    name = master.hydra.runtime.choices.get("study")
-    return None if name in (None, "none") else str(name)
 
 
 def plan(composer: Composer, master: DictConfig, overrides: Sequence[str]) -> tuple[Study, list[Cell]]:
@@ -35,13 +31,24 @@ def plan(composer: Composer, master: DictConfig, overrides: Sequence[str]) -> tu
     study = study_of({"study": content})
     if not study.arms:
         raise ConfigError("study.arms: missing; a study that runs declares its arms")
-    if study.name != study_in(master):
-        raise ConfigError(f"study.name={study.name}: must be {study_in(master)}, the name of its file")
+    chosen = master.hydra.runtime.choices["study"]
+    if study.name != chosen:
+        raise ConfigError(f"study.name={study.name}: must be {chosen}, the name of its file")
+    check_factors(study)
     extras = [
         o for o in overrides if not o.startswith(("study=", "seed=", "hydra.mode=")) and "hydra.searchpath" not in o
     ]
     seeds = [seed for o in overrides if o.startswith("seed=") for seed in chosen_seeds(o)]
     return study, cells_of(study, extras, composer.config, seeds or None)
+
+
+def check_factors(study: Study) -> None:
+    """The audit's first question, before anything is spent. Raises ConfigError: arms differ in an undeclared key."""
+    arms = {arm: [Run(Path(arm), {}, config, {})] for arm, config in study.composed.items()}
+    try:
+        differences(arms, study)
+    except AuditError as error:
+        raise ConfigError(str(error)) from None
 
 
 def chosen_seeds(override: str) -> list[int]:

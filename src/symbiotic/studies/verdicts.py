@@ -19,7 +19,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from symbiotic.evaluation.names import METRICS, metric
+from symbiotic.evaluation.names import METRICS, STEPS_TO, metric
+from symbiotic.studies import attribution
 from symbiotic.studies.statistics import (
     Answers,
     Comparison,
@@ -135,16 +136,16 @@ def decide(hypothesis: Hypothesis, interval: Interval | None) -> Status:
 def verdicts(study: Study, arms: Sequence[Scored]) -> list[Verdict]:
     """One per hypothesis, in their order."""
     named = {arm.name: arm for arm in arms}
-    found = [verdict(hypothesis, named, study.step) for hypothesis in study.hypotheses]
+    found = [verdict(hypothesis, named, study) for hypothesis in study.hypotheses]
     adjusted = holm([one.p for one in found])
     return [
         replace(one, holm=p, line=worded(replace(one, holm=p), named)) for one, p in zip(found, adjusted, strict=True)
     ]
 
 
-def verdict(hypothesis: Hypothesis, arms: Mapping[str, Scored], step: int | None) -> Verdict:
+def verdict(hypothesis: Hypothesis, arms: Mapping[str, Scored], study: Study) -> Verdict:
     """Without Holm's adjustment and without words."""
-    pair = two_sides(hypothesis, arms, step)
+    pair = two_sides(hypothesis, arms, study)
     found = compare(*pair) if pair is not None else None
     status = decide(hypothesis, found.t if found is not None else None)
     p = None
@@ -160,9 +161,15 @@ def signed_margin(hypothesis: Hypothesis) -> float:
     return -hypothesis.margin if hypothesis.expect == "lower" else hypothesis.margin
 
 
-def two_sides(hypothesis: Hypothesis, arms: Mapping[str, Scored], step: int | None) -> tuple[Seeds, Seeds] | None:
-    """Values of the arm and of what it is held against; None where either is not there."""
-    arm, at = arms.get(hypothesis.arm), step if hypothesis.step is None else hypothesis.step
+def two_sides(hypothesis: Hypothesis, arms: Mapping[str, Scored], study: Study) -> tuple[Seeds, Seeds] | None:
+    """Values of the arm and of what it is held against, or of the arms that tell an effect; None where either is not
+    there."""
+    arm, at = arms.get(hypothesis.arm), study.step if hypothesis.step is None else hypothesis.step
+    if hypothesis.effect:
+        every = {name: one.values(hypothesis.metric, at) for name, one in arms.items() if name in study.levels}
+        changes = attribution.named(hypothesis.effect, {f: list(levels) for f, levels in study.design.items()})
+        groups, first, second = attribution.sides(study.levels, every, changes or ())
+        return (first, second) if groups else None
     if arm is None:
         return None
     values = arm.values(hypothesis.metric, at)
@@ -187,6 +194,7 @@ def worded(found: Verdict, arms: Mapping[str, Scored]) -> str:
     h = found.hypothesis
     where = f" at step {h.step}" if h.step is not None else ""
     compared = f"{title(h.metric)} of {h.arm} against {opponent(h, arms)}{where}"
+    compared = f"{title(h.metric)}, effect of {h.effect}{where}" if h.effect else compared
     marked = [arm for arm in (arms.get(h.arm), other_arm(h, arms)) if arm is not None and arm.intervened]
     note = f"; the collapse alarm changed {' and '.join(arm.name for arm in marked)}" if marked else ""
     return f"{h.claim}: {compared} {measured(found)}{note}"
@@ -218,7 +226,7 @@ def measured(found: Verdict) -> str:
 
 
 def title(name: str) -> str:
-    return metric(name).title if name in METRICS else name
+    return metric(name).title if name in METRICS or name.startswith(STEPS_TO) else name
 
 
 def small(p: float | None) -> str:
