@@ -204,7 +204,7 @@ def test_bad_items_are_named_and_the_others_scored(corpus: Path, tmp_path: Path)
     (benchmarks / "generation" / "images" / "00001.png").unlink()
     text = (benchmarks / "generation" / "captions.jsonl").read_text()
     first = text.splitlines()[0]
-    (benchmarks / "generation" / "captions.jsonl").write_text(text.replace(first, "{"))
+    (benchmarks / "generation" / "captions.jsonl").write_text(text.replace(first, "[" * 10**5))
     scores = evaluation(tmp_path / "c", guidance=1.0).run(Oracle(corpus, "x"))
     assert (scores["reading"], scores.n["reading"]) == (1.0, 10)
     assert (scores["knowledge_replayed"], scores.n["knowledge_replayed"]) == (1.0, 8)

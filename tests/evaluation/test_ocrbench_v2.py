@@ -114,6 +114,7 @@ def test_entries_that_cannot_be_used_are_named_and_left_out(
     bad = [
         {**rows[0], "type": "unknown"},
         {**rows[0], "image_path": "9.png"},
+        {**rows[0], "type": ["x"]},
         {**rows[0], "question": 5},
         {"id": 1},
         "x",
@@ -124,14 +125,15 @@ def test_entries_that_cannot_be_used_are_named_and_left_out(
     with measuring(model), pytest.raises(MissingAsset):
         list(OCRBenchV2(str(folder), max_new_tokens=2).run(model, here))
     assert len(json.loads((tmp_path / "out" / "exports" / "ocrbench_v2" / "predictions.json").read_text())) == 4
-    assert [line.split(": ", 1)[1] for line in here.problems[:5]] == [
+    assert [line.split(": ", 1)[1] for line in here.problems[:6]] == [
         "entry 0: type 'unknown' is none of OCRBench v2",
         "entry 1: no image 9.png",
-        "entry 2: question and image_path must be texts",
-        "entry 3: no type, image_path, question, answers",
-        "entry 4: must be a mapping, not str",
+        "entry 2: type ['x'] is none of OCRBench v2",
+        "entry 3: question and image_path must be texts",
+        "entry 4: no type, image_path, question, answers",
+        "entry 5: must be a mapping, not str",
     ]
-    assert "4.png: not a readable image" in here.problems[5]
+    assert "4.png: not a readable image" in here.problems[6]
 
 
 def test_settings(folder: Path, model: torch.nn.Module) -> None:

@@ -14,7 +14,6 @@ remove `parts/{benchmark}.json` and `{benchmark}.jsonl` of the evaluation.
 from __future__ import annotations
 
 import abc
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +27,7 @@ from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value
 from symbiotic.evaluation.caption_lists import files_hash
 from symbiotic.evaluation.context import Context, Gallery
+from symbiotic.evaluation.tables import parse_json
 
 MAX_NAME = 255
 """Bytes of a file name."""
@@ -156,7 +156,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError as error:
                 yield number, error
 

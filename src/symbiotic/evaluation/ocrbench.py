@@ -23,7 +23,7 @@ import numpy as np
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.images import load_image
-from symbiotic.evaluation.tables import halved, parquet_rows, text_rows
+from symbiotic.evaluation.tables import halved, parquet_rows, parse_json, text_rows
 
 FORMULAS = "HME100k"
 FORMULA_TYPE = "Handwritten Mathematical Expression Recognition"
@@ -120,8 +120,8 @@ def read_json_list(path: Path) -> list[Any]:
     with readable_errors("read", path):
         raw = path.read_bytes()
     try:
-        rows = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+        rows = parse_json(raw)
+    except ValueError as error:
         raise DataError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a JSON list of entries, not {type(rows).__name__}")

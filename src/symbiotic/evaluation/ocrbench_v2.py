@@ -151,7 +151,7 @@ def read_ocrbench_v2(path: Path) -> tuple[list[Item], list[str]]:
 
 
 def _item(row: dict[str, Any], number: int, folder: Path) -> Item | str:
-    if row["type"] not in GROUP_OF:
+    if not isinstance(row["type"], str) or row["type"] not in GROUP_OF:
         return f"type {row['type']!r} is none of OCRBench v2"
     if not isinstance(row["question"], str) or not isinstance(row["image_path"], str):
         return "question and image_path must be texts"
