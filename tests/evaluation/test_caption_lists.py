@@ -59,12 +59,14 @@ def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (14, 9, "of no image"),
     ]
     annotations: list[Any] = [{"id": i, "image_id": image, "caption": text} for i, image, text in rows]
-    path.write_text(json.dumps(
+    path.write_text(
+        json.dumps(
             {
                 "images": [*images, {"id": 5}, 3, {"id": math.inf, "file_name": "f.png"}],
                 "annotations": [*annotations, {"id": 15}, "x", {"id": math.inf, "image_id": 1, "caption": "endless"}],
             }
-        ))
+        )
+    )
     items, problems = read_caption_list(path)
     assert items == [Captioned("1", "kept", tmp_path / "x" / "a.png")]
     expected = {
@@ -93,7 +95,14 @@ def test_lists_of_texts(tmp_path: Path) -> None:
     items, problems = read_caption_list(tmp_path / "b.json")
     assert [(item.id, item.caption) for item in items] == [("0", "one"), ("3", "two")]
     assert [line[:15] for line in problems] == ["b.json: item 1:", "b.json: item 2:"]
-    rows = ['{"caption": "a", "image": "x/1.png"}', '{"prompt": "b", "id": "p7"}', '{"text": "c"}', "{", "[1]", "[" * 10**5]
+    rows = [
+        '{"caption": "a", "image": "x/1.png"}',
+        '{"prompt": "b", "id": "p7"}',
+        '{"text": "c"}',
+        "{",
+        "[1]",
+        "[" * 10**5,
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(rows))
     items, problems = read_caption_list(tmp_path / "c.jsonl")
     assert items == [Captioned("1", "a", tmp_path / "x/1.png"), Captioned("p7", "b")]

@@ -413,7 +413,9 @@ def test_wrong_results_of_wise_are_one_line(run: Any, tmp_path: Path, rows: list
 
 def test_bad_prompts_are_named_and_the_rest_exported(run: Any, assets: Path, tmp_path: Path) -> None:
     path = assets / "geneval" / "evaluation_metadata.jsonl"
-    path.write_text("{\n" + json.dumps({"tag": "x", "prompt": " "}) + "\n" + json.dumps(GENEVAL[0]) + "\n[]\n\n" + "[" * 10**5)
+    path.write_text(
+        "{\n" + json.dumps({"tag": "x", "prompt": " "}) + "\n" + json.dumps(GENEVAL[0]) + "\n[]\n\n" + "[" * 10**5
+    )
     assert "4 prompts were left out: evaluation_metadata.jsonl: line 1: must be a mapping" in waits(run, GenEval())
     assert sorted(p.name for p in (tmp_path / "e" / "exports" / "geneval").iterdir()) == ["00002"]  # its line, from 0
     assert [problem.split(": ")[1] for problem in run.context.problems] == ["line 1", "line 2", "line 4", "line 6"]

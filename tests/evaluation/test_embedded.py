@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from factory import build
-from symbiotic.data.errors import DataError
 from symbiotic.data.packing import patch_pixels
 from symbiotic.data.tokenizer import EOS, Tokenizer
 from symbiotic.evaluation.captions import read_captions
@@ -222,7 +221,10 @@ def test_a_reading_image_larger_than_the_model_is_named(corpus: Path) -> None:
     assert "larger than 4 patches a side" in scores.problems[0]
 
 
-def test_a_missing_benchmark_is_one_line(corpus: Path, tmp_path: Path) -> None:
+def test_missing_benchmarks_are_a_line_each(corpus: Path, tmp_path: Path) -> None:
     shutil.copy(corpus / "tokenizer.json", tmp_path)
-    with pytest.raises(DataError, match=r"no file replayed_test\.csv"):
-        evaluation(tmp_path).run(Oracle(corpus, "x"))
+    scores = evaluation(tmp_path).run(Oracle(corpus, "x"))
+    assert not scores
+    assert list(scores.failed) == ["knowledge", "reading", "flow_error", "generation"]
+    assert "no file replayed_test.csv" in scores.failed["knowledge"]
+    assert not scores.tracebacks

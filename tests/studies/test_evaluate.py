@@ -19,6 +19,7 @@ from symbiotic.evaluation import prompts
 from symbiotic.evaluation.assets import ASSETS
 from symbiotic.evaluation.context import whole_lines
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
+from symbiotic.evaluation.embedded_understanding import Reading
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.runs import load_state, save_state
 from symbiotic.schema import ConfigError, EvalConfig, RunError
@@ -247,6 +248,29 @@ def test_a_corrupt_benchmark_fails_alone_and_is_tried_again(run: Path, assets: P
     assert len(results["scores"]) == 8
     captions.write_text(good)
     assert read_results(evaluate_run(config(CLIP + "}"), run, quiet))["failed"] == {}
+
+
+@pytest.mark.parametrize("method", ["run", "protocol"])
+def test_an_error_that_nobody_foresaw_is_one_benchmarks_and_keeps_its_traceback(
+    run: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        return [EMBEDDED[5 + len(str(run))]]
+
+    whole = contents(evaluate_run(config(), run, quiet))
+    shutil.rmtree(run / "evaluation")
+    with monkeypatch.context() as patched:
+        patched.setattr(Reading, method, broken)
+        folder = evaluate_run(config(), run, quiet)
+    results = read_results(folder)
+    place = "suite.py" if method == "run" else "benchmarks.py"  # the last one of the package itself
+    assert list(results["failed"]) == ["reading"]
+    assert results["failed"]["reading"].startswith(f"IndexError: tuple index out of range ({place}:")
+    assert results["failed"]["reading"].endswith("; whole in errors/reading.txt")
+    assert "return [EMBEDDED[5 +" in (folder / "errors" / "reading.txt").read_text()
+    assert len(results["scores"]) == 7
+    again = evaluate_run(config(), run, quiet)
+    assert contents(again) == whole
 
 
 def test_without_its_corpus_a_run_is_asked_what_needs_none(run: Path, assets: Path, tmp_path: Path) -> None:

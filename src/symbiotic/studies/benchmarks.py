@@ -12,11 +12,10 @@ from torch import nn
 
 from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.config import instantiate
-from symbiotic.data.errors import DataError
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
-from symbiotic.evaluation.suite import Suite
+from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation
 from symbiotic.trained import TOKENIZER, Trained
 
@@ -75,16 +74,10 @@ def benchmark_names(evaluation: Evaluation, only: Sequence[str]) -> set[str]:
     return {names[key] for key in only if key in names} if only else set(names.values())
 
 
-def read_protocols(
-    suite: Suite, model: nn.Module
-) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, str]]:
-    """Benchmark -> its protocol; -> the file that it lacks; -> why its files cannot be used."""
-    protocols, missing, failed = {}, {}, {}
+def read_protocols(suite: Suite, model: nn.Module) -> Scores:
+    """The protocols of all benchmarks, and which have none; nothing is measured."""
+    found = Scores()
     for benchmark in suite.measurable(model):
-        try:
-            protocols[benchmark.name] = benchmark.protocol()
-        except MissingAsset as error:
-            missing[benchmark.name] = str(error)
-        except DataError as error:
-            failed[benchmark.name] = str(error)
-    return protocols, missing, failed
+        with found.noting(benchmark.name):
+            found.protocols[benchmark.name] = benchmark.protocol()
+    return found

@@ -3,6 +3,7 @@
     results.json        scores, protocols, what is missing; written last, always the same bytes
     parts/NAME.json     what one finished benchmark gave; results.json is put together from them
     NAME.jsonl          records, one a line
+    errors/NAME.txt     the traceback of a benchmark that failed as nobody foresaw
     images/SET/*.png    generated images; grid.png shows the first of each set
     seconds.json        how long each benchmark took, where it was measured
 
@@ -26,7 +27,7 @@ from typing import Any
 from symbiotic.config import VOLATILE
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image
-from symbiotic.evaluation.suite import Scores, Suite
+from symbiotic.evaluation.suite import ERRORS, Scores, Suite
 from symbiotic.runs import digest, locked, provenance, read_json, replace_with, source_hash, state_hash, write_json
 from symbiotic.schema import EvalConfig, RunError
 from symbiotic.studies.benchmarks import benchmark_names, make_suite, read_protocols
@@ -97,16 +98,18 @@ def sweep(folder: Path) -> None:
 
 @dataclass
 class Session:
-    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already."""
+    """An opened run and its benchmarks. found: their protocols, and which cannot be measured, as far as it is known."""
 
     trained: Trained
     suite: Suite
     seed: int
     weights_hash: str
-    protocols: dict[str, Mapping[str, Any]]
-    missing: dict[str, str]
-    failed: dict[str, str]
+    found: Scores
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def protocols(self) -> dict[str, Mapping[str, Any]]:
+        return self.found.protocols
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -144,12 +147,12 @@ class Session:
     def measure(self, name: str, say: Say) -> None:
         """Run one benchmark; what it gave becomes its part. One that fails has a line in `failed`."""
         scores = self.suite.run(
-            self.trained.model, self.seed, only=[name], folder=self.folder, lenient=True, say=lambda n: say(f"   {n} …")
+            self.trained.model, self.seed, only=[name], folder=self.folder, say=lambda n: say(f"   {n} …")
         )
         self.seconds |= scores.seconds
-        self.missing |= scores.missing
-        self.failed |= scores.failed
-        if name in scores.protocols and name not in {**scores.missing, **scores.failed}:
+        for mine, new in zip(self.found.unmeasured, scores.unmeasured, strict=True):
+            mine.update(new)
+        if not any(scores.unmeasured):
             write_json(self.part(name), part(scores))
 
     def write(self) -> None:
@@ -159,6 +162,9 @@ class Session:
         grid = self.folder / "grid.png"
         if not grid.is_file():
             draw_images(self.folder / "images", grid)
+        for name in parts:
+            (self.folder / ERRORS / f"{name}.txt").unlink(missing_ok=True)
+        self.found.write_tracebacks(self.folder)
         if set(self.seconds) - {"start-up"}:
             write_json(self.folder / SECONDS, (read_json(self.folder / SECONDS) or {}) | rounded(self.seconds))
         known = read_json(self.folder / RESULTS) or {}
@@ -181,8 +187,8 @@ class Session:
             "protocol": {name: self.protocols[name] for name in parts},
             "scores": {name: score for found in parts.values() for name, score in found["scores"].items()},
             "judges": next((found["judges"] for found in parts.values() if found["judges"]), {}),
-            "missing": {name: line for name, line in self.missing.items() if name not in parts},
-            "failed": {name: line for name, line in self.failed.items() if name not in parts},
+            "missing": {name: line for name, line in self.found.missing.items() if name not in parts},
+            "failed": {name: line for name, line in self.found.failed.items() if name not in parts},
             "problems": list(dict.fromkeys(line for found in parts.values() for line in found["problems"])),
             "provenance": {
                 "config": config_hash(trained),
@@ -199,9 +205,9 @@ def open_session(config: EvalConfig, run: Path) -> Session:
         run, checkpoint=config.checkpoint, step=config.step, ema=config.ema, data=config.data, device=config.device
     )
     suite = make_suite(config, trained)
-    protocols, missing, failed = read_protocols(suite, trained.model)
+    found = read_protocols(suite, trained.model)
     seed = trained.config.seed if config.seed is None else config.seed
-    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), protocols, missing, failed)
+    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), found)
 
 
 # --------------------------------------------------------------------------- plain values
