@@ -450,6 +450,12 @@ def test_half_a_character_is_left_out(run: Any, assets: Path, tmp_path: Path) ->
     assert [p.name for p in (tmp_path / "e" / "exports" / "geneval").iterdir()] == ["00001"]
 
 
+def test_a_prompt_that_is_too_long_is_left_out(run: Any, assets: Path, tmp_path: Path) -> None:
+    assert "5 prompts were left out: prompt 401: a caption of 4 tokens" in waits(run, WISE(), caption_tokens=2)
+    waits(run, DPGBench(), caption_tokens=4)
+    assert [path.stem for path in (tmp_path / "e" / "exports" / "dpg_bench").iterdir()] == ["partiprompts107"]
+
+
 def test_files_without_a_prompt_fail(run: Any, assets: Path) -> None:
     (assets / "geneval" / "evaluation_metadata.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"evaluation_metadata.jsonl: no prompt in it"):

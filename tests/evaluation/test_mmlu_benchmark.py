@@ -19,6 +19,7 @@ import torch
 from pyarrow import parquet
 
 from factory import build
+from symbiotic.config import compose_evaluation
 from symbiotic.data.errors import DataError
 from symbiotic.data.packing import Text, build_sample
 from symbiotic.data.tokenizer import BOS, Tokenizer
@@ -28,7 +29,7 @@ from symbiotic.evaluation.context import Context, whole_lines
 from symbiotic.evaluation.lm_eval_adapter import Answering, run_task
 from symbiotic.evaluation.mmlu import read_mmlu
 from symbiotic.evaluation.mmlu_benchmark import CATEGORIES, MMLU, described, document, prompt
-from symbiotic.evaluation.prompts import one_a_row
+from symbiotic.evaluation.prompts import MAX_TOKENS, one_a_row
 from symbiotic.generation.text import last_logits
 from symbiotic.models.batch import Batch
 from symbiotic.schema import ConfigError, Objective
@@ -219,6 +220,15 @@ def test_prompts_that_are_too_long_lose_shots_and_are_counted(tmp_path: Path) ->
     nothing = run(MMLU(str(folder), max_tokens=3), Reader(), context())
     assert math.isnan(nothing["mmlu"].value)
     assert nothing["mmlu"].n == 0
+
+
+def test_a_question_longer_than_the_default_limit_is_named_and_the_rest_asked(tmp_path: Path) -> None:
+    endless = ["alpha " * MAX_TOKENS, "a", "b", "c", "d", "A"]
+    here = context()
+    scores = run(MMLU(str(write_csv(tmp_path, {"anatomy": [endless, *TEST["anatomy"]]}))), Reader(), here)
+    assert scores["mmlu"].n == 4
+    assert [problem.endswith(f" tokens without shots; max_tokens={MAX_TOKENS}") for problem in here.problems] == [True]
+    assert compose_evaluation(["run=x"]).evaluation.benchmarks["mmlu"]["max_tokens"] == MAX_TOKENS
 
 
 def test_rows_that_cannot_be_used_are_named_and_the_rest_is_asked(tmp_path: Path) -> None:

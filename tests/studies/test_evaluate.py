@@ -128,6 +128,7 @@ def test_one_benchmark_after_the_other_gives_the_same_files(run: Path) -> None:
         ("sampler.time_shift=2",),
         ("evaluation.images=4",),
         ("evaluation.questions=8",),
+        ("evaluation.caption_tokens=9",),
         ("step=10",),
     ],
 )

@@ -172,9 +172,18 @@ def _fault(caption: Any) -> str:
 # --------------------------------------------------------------------------- generated and real images
 
 
-def generated(model: nn.Module, context: Context, path: Path, captions: Sequence[str]) -> Gallery:
-    """One image per caption, shared by all benchmarks on this file."""
-    return context.gallery(model, f"{path.stem}-{content_hash(path)[:8]}", captions)
+def drawn(
+    model: nn.Module, context: Context, path: Path, items: Sequence[Captioned], limit: int
+) -> tuple[Gallery, list[Captioned]]:
+    """An image of each of the first `limit` captions of a file that is not too long, shared by all benchmarks on this
+    file; and these captions."""
+
+    def check(item: Captioned) -> None:
+        context.check_caption(f"{path.name}: item {item.id}", item.caption)
+
+    usable, _ = context.kept(context.first(items, limit), check)
+    name = f"{path.stem}-{content_hash(path)[:8]}"
+    return context.gallery(model, name, [item.caption for item in usable]), usable
 
 
 def image_files(folder: Path) -> list[Path]:

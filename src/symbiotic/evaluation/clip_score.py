@@ -18,7 +18,7 @@ from torch import nn
 from symbiotic.data.errors import DataError
 from symbiotic.evaluation.assets import asset, at_least, content_hash
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
-from symbiotic.evaluation.caption_lists import CAPTIONS_FROM, generated, read_caption_list
+from symbiotic.evaluation.caption_lists import CAPTIONS_FROM, drawn, read_caption_list
 from symbiotic.evaluation.context import Context
 
 OPENAI = "ViT-B-32-quickgelu"
@@ -77,15 +77,14 @@ class CLIPScore(Benchmark):
         path, files = self.files()
         items, problems = read_caption_list(path)
         context.problems += problems
-        captions = [item.caption for item in context.first(items, self.num_images)]
-        gallery = generated(model, context, path, captions)
+        gallery, chosen = drawn(model, context, path, items, self.num_images)
         clip = cache(lambda: load_clip(files, device_of(model)))
 
         def measure(some: Sequence[int]) -> list[Record]:
-            cosines = clip().cosines([gallery[i] for i in some], [captions[i] for i in some])
-            return [cosine_record(items[i].id, captions[i], c) for i, c in zip(some, cosines, strict=True)]
+            cosines = clip().cosines([gallery[i] for i in some], [chosen[i].caption for i in some])
+            return [cosine_record(chosen[i].id, chosen[i].caption, c) for i, c in zip(some, cosines, strict=True)]
 
-        cosine = mean([record["cosine"] for record in context.measured(self.name, range(len(captions)), measure)])
+        cosine = mean([record["cosine"] for record in context.measured(self.name, range(len(chosen)), measure)])
         yield "clip_score", cosine._replace(value=100 * cosine.value)
         yield "clip_cosine", cosine
 

@@ -24,7 +24,7 @@ from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Record, batches, write_jsonl
 from symbiotic.evaluation.images import load_image, save_image
-from symbiotic.evaluation.prompts import pictures
+from symbiotic.evaluation.prompts import MAX_TOKENS, pictures
 from symbiotic.schema import Objective
 
 T = TypeVar("T")
@@ -38,6 +38,7 @@ class Context:
         seed: draws the noise that images start from; nothing else is left to chance.
         share: of each benchmark's items that are measured, from the first on; 1 but for quick looks while training.
         folder: where records and images are kept; None: in memory.
+        caption_tokens: of a caption that an image is drawn from, at most.
         files: names in it that were made here: ledgers, and folders of images.
     """
 
@@ -48,6 +49,7 @@ class Context:
     batch_size: int = 96
     share: float = 1.0
     folder: Path | None = None
+    caption_tokens: int = MAX_TOKENS
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
@@ -68,6 +70,12 @@ class Context:
             else:
                 usable.append(item)
         return usable, prepared
+
+    def check_caption(self, where: str, caption: str) -> None:
+        """Raises DataError: a caption that is too long to draw from."""
+        tokens = len(self.tokenizer.encode(caption))
+        if tokens > self.caption_tokens:
+            raise DataError(f"{where}: a caption of {tokens} tokens; evaluation.caption_tokens={self.caption_tokens}")
 
     def measured(
         self, benchmark: str, items: Sequence[T], measure: Callable[[Sequence[T]], Sequence[Record]]

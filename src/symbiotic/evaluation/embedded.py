@@ -61,7 +61,9 @@ class EmbeddedEvaluation(Suite):
         )
         tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         size = image_size(generation)
-        super().__init__((*embedded, *more), tokenizer, objective, size, cfg.batch_size, lambda: self.judge().accuracy)
+        accuracy = lambda: self.judge().accuracy  # noqa: E731
+        all_of_them = (*embedded, *more)
+        super().__init__(all_of_them, tokenizer, objective, size, cfg.batch_size, accuracy, cfg.caption_tokens)
 
     def judge(self) -> Scorers:
         """The scorers, loaded once; waits for the process that trains them, or trains them."""

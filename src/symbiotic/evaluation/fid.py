@@ -22,8 +22,8 @@ from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value, devic
 from symbiotic.evaluation.caption_lists import (
     CAPTIONS_FROM,
     Captioned,
+    drawn,
     files_hash,
-    generated,
     image_files,
     images_beside,
     load_real,
@@ -157,8 +157,7 @@ class FID(Benchmark):
         if statistics is None:
             usable, problems = readable_images(reference.files, self.reference_size)
             context.problems += problems
-        chosen = [item.caption for item in context.first(items, self.num_images)]
-        gallery = generated(model, context, captions, chosen)
+        gallery, _ = drawn(model, context, captions, items, self.num_images)
         images = Pixels(len(usable), lambda i: load_real(usable[i], self.reference_size))
         possible = self.possible(len(gallery), None if statistics else len(usable), context.problems)
         found = compare(

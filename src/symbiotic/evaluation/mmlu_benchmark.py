@@ -19,6 +19,7 @@ from symbiotic.evaluation.caption_lists import files_hash
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.lm_eval_adapter import Answering, Document, run_task, task_facts
 from symbiotic.evaluation.mmlu import LETTERS, Question, mmlu_files, read_mmlu
+from symbiotic.evaluation.prompts import MAX_TOKENS
 
 KEY = "evaluation.benchmarks.mmlu"
 MMLU_FROM = "the authors' archive of CSV files, or the parquet files of cais/mmlu"
@@ -53,13 +54,12 @@ class MMLU(Benchmark):
 
     Args:
         folder: in one of the layouts of `read_mmlu`; null: `mmlu/` of the assets.
-        max_tokens: of a prompt with its answer. null: no limit (rotary positions know no last one), however far beyond
-            the lengths of the training that is.
+        max_tokens: of a prompt with its answer. null: no limit, however far beyond the lengths of the training that is.
     """
 
     name = "mmlu"
 
-    def __init__(self, folder: str | None = None, shots: int = 5, max_tokens: int | None = None) -> None:
+    def __init__(self, folder: str | None = None, shots: int = 5, max_tokens: int | None = MAX_TOKENS) -> None:
         at_least(KEY, 0, shots=shots)
         if max_tokens is not None:
             at_least(KEY, 1, max_tokens=max_tokens)

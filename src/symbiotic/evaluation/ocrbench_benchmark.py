@@ -29,13 +29,13 @@ from symbiotic.evaluation.ocrbench import (
     ocrbench_files,
     read_ocrbench,
 )
+from symbiotic.evaluation.prompts import MAX_TOKENS
 
 KEY = "evaluation.benchmarks.ocrbench"
 OCRBENCH_FROM = (
     "the authors' OCRBench.json and images, the parquet file of echo840/OCRBench, or VLMEvalKit's OCRBench.tsv"
 )
 MAX_NEW_TOKENS = 100
-MAX_TOKENS = 4096
 PATCH = 4
 """Pixels a side of the patches that are read, see `data.packing`."""
 

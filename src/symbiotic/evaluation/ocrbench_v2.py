@@ -27,8 +27,8 @@ from symbiotic.evaluation.assets import asset, at_least, content_hash
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, mean
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.ocrbench import Entry, image_in, missing_keys, read_json_list
-from symbiotic.evaluation.ocrbench_benchmark import MAX_TOKENS, check_length, largest_side, readable
-from symbiotic.evaluation.prompts import answers
+from symbiotic.evaluation.ocrbench_benchmark import check_length, largest_side, readable
+from symbiotic.evaluation.prompts import MAX_TOKENS, answers
 from symbiotic.evaluation.tables import halved
 
 KEY = "evaluation.benchmarks.ocrbench_v2"

@@ -15,6 +15,7 @@ from symbiotic.data.errors import DataError
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, measuring
 from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.prompts import MAX_TOKENS
 from symbiotic.schema import ConfigError, Objective
 
 ERRORS = "errors"
@@ -98,7 +99,7 @@ class Suite:
     """Benchmarks in the order in which they run.
 
     Args:
-        tokenizer, objective, size, batch_size: see `Context`.
+        tokenizer, objective, size, batch_size, caption_tokens: see `Context`.
         judges: the embedded scorers' own accuracies, asked for when images were judged.
     """
 
@@ -110,9 +111,11 @@ class Suite:
         size: tuple[int, int] = (20, 20),
         batch_size: int = 96,
         judges: Callable[[], Mapping[str, float]] = dict,
+        caption_tokens: int = MAX_TOKENS,
     ) -> None:
         self.benchmarks, self.tokenizer, self.objective = tuple(benchmarks), tokenizer, objective
         self.size, self.batch_size, self.judges = size, batch_size, judges
+        self.caption_tokens = caption_tokens
 
     def measurable(self, model: nn.Module) -> list[Benchmark]:
         """Those that the model can take: one without latents draws no images."""
@@ -143,7 +146,7 @@ class Suite:
                 if only is not None and benchmark.name not in only:
                     continue
                 say(benchmark.name)
-                context = Context(self.tokenizer, self.objective, self.size, seed, self.batch_size, share, folder)
+                context = self.context(seed, share, folder)
                 start = time.perf_counter()
                 with scores.noting(benchmark.name):
                     self._measure(benchmark, model, context, scores)
@@ -151,6 +154,10 @@ class Suite:
         scores.problems[:] = dict.fromkeys(scores.problems)
         scores.judges.update(self.judges() if "embedded_acc" in scores else {})
         return scores
+
+    def context(self, seed: int, share: float, folder: Path | None) -> Context:
+        of_suite = {"size": self.size, "batch_size": self.batch_size, "caption_tokens": self.caption_tokens}
+        return Context(self.tokenizer, self.objective, seed=seed, share=share, folder=folder, **of_suite)
 
     def _measure(self, benchmark: Benchmark, model: nn.Module, context: Context, scores: Scores) -> None:
         scores.protocols[benchmark.name] = benchmark.protocol()

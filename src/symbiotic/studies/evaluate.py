@@ -119,6 +119,7 @@ class Session:
             "seed": self.seed,
             "sampler": asdict(self.suite.objective.sampler),
             "size": list(self.suite.size),
+            "caption_tokens": self.suite.caption_tokens,
             "data": self.trained.corpus.name,
             "protocol": self.protocols,
             "evaluation_code": source_hash(*CODE),
