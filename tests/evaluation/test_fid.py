@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -243,6 +244,7 @@ def test_the_protocol_changes_with_files_and_counts(assets: Path) -> None:
     before = tiny().protocol()
     assert json.loads(json.dumps(before)) == before
     assert before["images"] == IMAGES
+    assert before["torch-fidelity"] == importlib.metadata.version("torch-fidelity")
     assert before["reference"] == f"val2014: {IMAGES} images"
     assert tiny(num_images=7).protocol()["reference_hash"] != before["reference_hash"]
     image = next((assets / "coco" / "val2014").iterdir())

@@ -117,6 +117,8 @@ def test_missing_and_damaged_files(assets: Path, corpus: Path) -> None:
 def test_the_protocol_says_version_model_and_prompts(assets: Path) -> None:
     before = HPSv2().protocol()
     assert before["version"] == "v2.1"
+    assert "open_clip_torch" in before
+    assert before["images"] == {name: len(prompts) for name, prompts in PROMPTS.items()}
     assert set(before["captions"]) == set(PROMPTS)  # type: ignore[call-overload]
     assert HPSv2(architecture="ViT-H-14").protocol()["model"] == "ViT-H-14"
     torch.save({"state_dict": random_clip(7)}, assets / "HPS_v2.1_compressed.pt")

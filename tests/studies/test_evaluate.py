@@ -89,6 +89,7 @@ def test_results_say_what_they_rest_on(run: Path) -> None:
     assert [results[key] for key in facts] == expected
     assert results["protocol"] == {"knowledge": {"questions": 8, "shots": 0, "score": "argmax over the letters"}}
     assert results["data"] == open_run(run).corpus.name
+    assert results["device"] == "cpu"
     assert set(results["versions"]) == {"torch", "numpy", "pillow"}
     assert results["provenance"]["training"] == provenance
     assert {"code", "commit", "torch"} <= set(results["provenance"]["evaluation"])

@@ -76,6 +76,14 @@ def read_caption_list(path: str | Path, images: str | Path | None = None) -> tup
     return items, problems
 
 
+def available(path: Path, limit: int) -> int:
+    """How many captions of a file there are, at most `limit`; 0 where it cannot be used."""
+    try:
+        return min(limit, len(read_caption_list(path)[0]))
+    except DataError:
+        return 0
+
+
 def images_beside(path: Path) -> Path:
     """`val2014` beside COCO's `captions_val2014.json`, else the file's folder."""
     return path.parent / path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else path.parent

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from symbiotic.evaluation.assets import versions
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
 from symbiotic.evaluation.captions import ATTRIBUTES, Caption, read_captions
 from symbiotic.evaluation.context import Context, Gallery
@@ -33,7 +34,7 @@ class Pictures(Benchmark):
         self.folder, self.images, self.judge = folder, images, judge
 
     def protocol(self) -> dict[str, object]:
-        return {"images": self.images, "judges": self.judge().key}
+        return {"images": self.images, "judges": self.judge().key, **versions("open_clip_torch")}
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         captions, pixels = read_captions(self.folder, self.images, context.problems)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from symbiotic.evaluation.assets import asset, at_least, content_hash, package
+from symbiotic.evaluation.assets import asset, at_least, content_hash, package, versions
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value, device_of
 from symbiotic.evaluation.caption_lists import (
     CAPTIONS_FROM,
@@ -144,6 +144,7 @@ class FID(Benchmark):
             "reference_hash": real.hash(),
             "reference_size": self.reference_size if real.statistics is None else None,
             "resamples": self.resamples,
+            **versions("torch-fidelity"),
         }
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:

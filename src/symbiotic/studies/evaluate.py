@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic.config import VOLATILE
+from symbiotic.evaluation.benchmark import device_of
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.evaluation.suite import ERRORS, Scores, Suite
@@ -39,6 +40,7 @@ CODE = ("models", "objectives", "generation", "data", "evaluation")
 """Sources that decide what a score is: scores of other code are measured again."""
 
 PACKAGES = ("torch", "numpy", "pillow")
+"""What all benchmarks rest on; the libraries of one are part of its protocol."""
 GRID = 8
 """Images of each set in the grid."""
 
@@ -120,6 +122,7 @@ class Session:
             "sampler": asdict(self.suite.objective.sampler),
             "size": list(self.suite.size),
             "caption_tokens": self.suite.caption_tokens,
+            "device": device_of(self.trained.model).type,
             "data": self.trained.corpus.name,
             "protocol": self.protocols,
             "evaluation_code": source_hash(*CODE),
