@@ -326,6 +326,20 @@ def test_an_evaluation_that_never_ended_has_no_results(tmp_path: Path) -> None:
         read_results(tmp_path)
 
 
+def test_judges_are_trained_with_a_line_and_only_where_images_are_judged(run: Path, tmp_path: Path) -> None:
+    corpus = open_run(run).corpus
+    shutil.copytree(corpus, tmp_path / "data" / corpus.name, ignore=shutil.ignore_patterns("scorers"))
+    elsewhere, said = f"data={tmp_path / 'data'}", list[str]()
+    folder = evaluate_run(config(elsewhere, "only=[reading]"), run, said.append)
+    assert said == ["   reading …"]
+    assert not (tmp_path / "data" / corpus.name / "scorers").exists()
+    assert "measuring generation trains them" in read_results(folder)["missing"]["generation"]
+    said.clear()
+    folder = evaluate_run(config(elsewhere, "only=[generation]"), run, said.append)
+    assert said == ["   the judges of images (tiny) are trained, once a corpus …", "   generation …"]
+    assert "embedded_acc" in read_results(folder)["scores"]
+
+
 def test_two_of_the_same_benchmark_are_refused() -> None:
     twice = config(CLIP + "}", CLIP.replace("clip_score=", "other=") + "}")
     with pytest.raises(ConfigError, match=r"benchmarks\.other: measures clip_score as evaluation\.benchmarks\.clip_sc"):

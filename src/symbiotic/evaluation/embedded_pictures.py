@@ -15,7 +15,7 @@ from symbiotic.evaluation.captions import ATTRIBUTES, Caption, read_captions
 from symbiotic.evaluation.context import Context, Gallery
 from symbiotic.evaluation.frechet import frechet_value
 from symbiotic.evaluation.prompts import caption_samples, one_a_row
-from symbiotic.evaluation.scorers import Scorers
+from symbiotic.evaluation.scorers import Judges, Scorers
 from symbiotic.generation.images import start_noise
 from symbiotic.objectives.flow import data_from, noised
 
@@ -30,11 +30,14 @@ class Pictures(Benchmark):
     name = "generation"
     needs_latents = True
 
-    def __init__(self, folder: Path, images: int, judge: Callable[[], Scorers]) -> None:
-        self.folder, self.images, self.judge = folder, images, judge
+    def __init__(self, folder: Path, images: int, judges: Judges) -> None:
+        self.folder, self.images, self.judges = folder, images, judges
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        self.judges.load(say)
 
     def protocol(self) -> dict[str, object]:
-        return {"images": self.images, "judges": self.judge().key, **versions("open_clip_torch")}
+        return {"images": self.images, "judges": self.judges.key(), **versions("open_clip_torch")}
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         captions, pixels = read_captions(self.folder, self.images, context.problems)
@@ -43,7 +46,7 @@ class Pictures(Benchmark):
             yield from ((name, mean([])) for name in NAMES)
             return
         numbers, texts = [c.number for c in captions], [c.caption for c in captions]
-        gallery, judge = context.gallery(model, "embedded", texts, numbers, size=pixels.shape[1:3]), self.judge()
+        gallery, judge = context.gallery(model, "embedded", texts, numbers, size=pixels.shape[1:3]), self.judges.load()
         numbered = list(enumerate(captions))
         records = context.measured(self.name, numbered, lambda some: judgements(judge, gallery, some))
         yield "embedded_acc", mean([r["correct"] for r in records])

@@ -149,6 +149,7 @@ class Suite:
                 context = self.context(seed, share, folder)
                 start = time.perf_counter()
                 with scores.noting(benchmark.name):
+                    benchmark.prepare(say)
                     self._measure(benchmark, model, context, scores)
                 scores.seconds[benchmark.name] = time.perf_counter() - start
         scores.problems[:] = dict.fromkeys(scores.problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -75,10 +75,14 @@ def benchmark_names(evaluation: Evaluation, only: Sequence[str]) -> set[str]:
     return {names[key] for key in only if key in names} if only else set(names.values())
 
 
-def read_protocols(suite: Suite, model: nn.Module) -> Scores:
-    """The protocols of all benchmarks, and which have none; nothing is measured."""
+def read_protocols(
+    suite: Suite, model: nn.Module, asked: Collection[str] = (), say: Callable[[str], None] = print
+) -> Scores:
+    """The protocols of all benchmarks, and which have none; nothing is measured. asked: those that are to be."""
     found = Scores()
     for benchmark in suite.measurable(model):
         with found.noting(benchmark.name):
+            if benchmark.name in asked:
+                benchmark.prepare(say)
             found.protocols[benchmark.name] = benchmark.protocol()
     return found

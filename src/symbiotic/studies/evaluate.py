@@ -58,7 +58,7 @@ def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
             cannot be used, is a line in the results.)
     """
     start = time.perf_counter()
-    session = open_session(config, run)
+    session = open_session(config, run, say)
     session.seconds["start-up"] = time.perf_counter() - start
     with locked(session.folder / LOCK):
         sweep(session.folder)
@@ -203,13 +203,14 @@ class Session:
         }
 
 
-def open_session(config: EvalConfig, run: Path) -> Session:
+def open_session(config: EvalConfig, run: Path, say: Say = print) -> Session:
     """Raises as `evaluate_run`."""
     trained = open_run(
         run, checkpoint=config.checkpoint, step=config.step, ema=config.ema, data=config.data, device=config.device
     )
     suite = make_suite(config, trained)
-    found = read_protocols(suite, trained.model)
+    asked = benchmark_names(config.evaluation, config.only)
+    found = read_protocols(suite, trained.model, asked, say)
     seed = trained.config.seed if config.seed is None else config.seed
     return Session(trained, suite, seed, state_hash(trained.model.state_dict()), found)
 
