@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,10 +233,15 @@ def _decoded(text: str) -> bytes | str:
         return f"image {text[:20]!r}; must be base64, or the index of a row above"
 
 
+def is_number(value: Any) -> bool:
+    """A finite one; no truth value, which Python takes for a number."""
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+
+
 def _answers(given: Any) -> tuple[str, ...] | str:
     """The accepted answers; what is wrong with them, as a text."""
     listed = list(given) if isinstance(given, (list, tuple)) else [given]
-    answers = tuple(str(answer) for answer in listed if isinstance(answer, (str, int, float)))
+    answers = tuple(str(answer) for answer in listed if isinstance(answer, str) or is_number(answer))
     if len(answers) != len(listed) or not all(answer.strip() for answer in answers) or not answers:
-        return f"answers {given!r}; must be a text or a list of texts, none empty"
+        return f"answers {given!r}; must be a text, a number or a list of them, none empty"
     return answers
