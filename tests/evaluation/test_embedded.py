@@ -115,6 +115,13 @@ def test_an_oracle_gets_everything_right(corpus: Path, tiny_scorers: Scorers, pr
     assert scores.problems == []
 
 
+def test_a_share_of_the_images_is_compared_with_its_own_references(corpus: Path) -> None:
+    scores = evaluation(corpus, guidance=1.0).run(Oracle(corpus, "x"), share=0.5, only=("flow_error", "generation"))
+    assert (scores.n["embedded_acc"], scores.n["embedded_acc_held_out"]) == (6, 2)
+    assert scores["flow_error"] == pytest.approx(0, abs=1e-6)
+    assert scores["embedded_fd"] == pytest.approx(0, abs=1e-3)
+
+
 def test_wrong_answers_score_zero(corpus: Path) -> None:
     oracle = Oracle(corpus, "x")
     letters = list(Tokenizer.load(corpus / "tokenizer.json").letters)

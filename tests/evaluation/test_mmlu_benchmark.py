@@ -266,7 +266,8 @@ def test_rows_that_cannot_be_used_are_named_and_the_rest_is_asked(tmp_path: Path
 
 def test_a_share_and_fewer_shots(tmp_path: Path) -> None:
     here = context(share=0.5)
-    assert run(MMLU(str(write_csv(tmp_path)), shots=0), Reader(), here)["mmlu_share"] == Value(1.0, 3)
+    assert run(MMLU(str(write_csv(tmp_path)), shots=0), Reader(), here)["mmlu_share"] == Value(2 / 3, 3)
+    assert [record["id"] for record in here.records] == ["anatomy/1", "anatomy/3", "virology/2"]
     assert {record["shots"] for record in here.records} == {0}
 
 

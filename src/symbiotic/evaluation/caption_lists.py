@@ -189,7 +189,7 @@ def drawn(
     def check(item: Captioned) -> None:
         context.check_caption(f"{path.name}: item {item.id}", item.caption)
 
-    usable, _ = context.kept(context.first(items, limit), check)
+    usable, _ = context.kept(context.chosen(items, limit), check)
     name = f"{path.stem}-{content_hash(path)[:8]}"
     return context.gallery(model, name, [item.caption for item in usable]), usable
 

@@ -85,7 +85,7 @@ class Composition(Benchmark):
             raise MissingAsset(f"{self.name}: its images go to the folder of an evaluation; src/eval.py has one")
         prompts, problems = self.read()
         context.problems += problems
-        prompts, _ = context.kept(context.first(prompts), functools.partial(check_prompt, context))
+        prompts, _ = context.kept(context.chosen(prompts), functools.partial(check_prompt, context))
         if not prompts:
             raise DataError("; ".join([f"{self.files()[0]}: no prompt in it", *context.problems[:1]]))
         gallery = context.gallery(model, self.name, [p.text for p in prompts for _ in range(self.images)])

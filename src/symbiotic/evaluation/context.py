@@ -28,6 +28,7 @@ from symbiotic.evaluation.prompts import MAX_TOKENS, pictures
 from symbiotic.schema import Objective
 
 T = TypeVar("T")
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Context:
     Args:
         tokenizer, objective, size: of the run: its words, its sampler, the (height, width) of the images it draws.
         seed: draws the noise that images start from; nothing else is left to chance.
-        share: of each benchmark's items that are measured, from the first on; 1 but for quick looks while training.
+        share: of each benchmark's items that are measured, see `chosen`; 1 but for quick looks while training.
         folder: where records and images are kept; None: in memory.
         caption_tokens: of a caption that an image is drawn from, at most.
         files: names in it that were made here: ledgers, and folders of images.
@@ -54,10 +55,17 @@ class Context:
     problems: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
-    def first(self, items: Sequence[T], limit: int | None = None) -> Sequence[T]:
-        """The items to measure: the first `limit`, and of these `share`, at least one."""
-        chosen = items[:limit]
-        return chosen[: max(1, math.ceil(len(chosen) * self.share))]
+    def chosen(self, items: Sequence[T], limit: int | None = None) -> Sequence[T]:
+        """The items to measure: the first `limit`, and of these `share`, at least one.
+
+        They lie evenly in the file, which may be sorted by subject or take turns (every other item would then be of one
+        kind): the multiples of the golden ratio spread evenly, and in step with no period.
+        """
+        among = items[:limit]
+        if self.share == 1:
+            return among
+        places = sorted(range(len(among)), key=lambda i: i * GOLDEN % 1)
+        return [among[i] for i in sorted(places[: math.ceil(len(among) * self.share)])]
 
     def kept(self, items: Sequence[T], prepare: Callable[[T], Any]) -> tuple[list[T], list[Any]]:
         """The items that can be prepared, and what they became; the others are named in `problems`."""

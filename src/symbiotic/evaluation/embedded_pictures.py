@@ -41,10 +41,10 @@ class Pictures(Benchmark):
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         captions, pixels = read_captions(self.folder, self.images, context.problems)
-        captions = list(context.first(captions))
         if not captions:
             yield from ((name, mean([])) for name in NAMES)
             return
+        captions, real = list(context.chosen(captions)), torch.from_numpy(np.stack(context.chosen(list(pixels))))
         numbers, texts = [c.number for c in captions], [c.caption for c in captions]
         gallery, judge = context.gallery(model, "embedded", texts, numbers, size=pixels.shape[1:3]), self.judges.load()
         numbered = list(enumerate(captions))
@@ -52,7 +52,7 @@ class Pictures(Benchmark):
         yield "embedded_acc", mean([r["correct"] for r in records])
         yield "embedded_acc_held_out", mean([r["correct"] for r in records if r["held_out"]])
         yield "embedded_clip", mean([r["cosine"] for r in records])
-        made, real = torch.from_numpy(gallery[:]), torch.from_numpy(pixels[: len(captions)])
+        made = torch.from_numpy(gallery[:])
         yield "embedded_fd", frechet_value(judge.features(made), judge.features(real))
 
 
@@ -88,7 +88,7 @@ class FlowError(Benchmark):
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         captions, pixels = read_captions(self.folder, self.images, context.problems)
-        numbered = list(enumerate(context.first(captions)) if captions else ())
+        numbered = context.chosen(list(enumerate(captions)))
 
         def measure(some: Sequence[tuple[int, Caption]]) -> list[Record]:
             shown = [caption for _, caption in some]

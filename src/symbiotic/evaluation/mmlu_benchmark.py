@@ -105,7 +105,7 @@ class MMLU(Benchmark):
         shots: dict[str, list[Question]] = {}
         for question in dev:
             shots.setdefault(question.subject, []).append(question)
-        chosen = context.first(questions)
+        chosen = context.chosen(questions)
         for subject in dict.fromkeys(question.subject for question in chosen):
             count = len(shots.get(subject, []))
             if count < self.shots:

@@ -92,7 +92,7 @@ class OCRBench(Benchmark):
         def check(entry: Entry) -> None:
             check_length(entry, read(entry), context.tokenizer, MAX_NEW_TOKENS, self.max_tokens)
 
-        usable, _ = context.kept(context.first(entries), check)
+        usable, _ = context.kept(context.chosen(entries), check)
         answering = Answering(
             model,
             context.tokenizer,

@@ -121,7 +121,7 @@ class OCRBenchV2(Benchmark):
         def check(item: Item) -> None:
             check_length(item.image, pixels(item), context.tokenizer, self.max_new_tokens, self.max_tokens)
 
-        usable, _ = context.kept(context.first(items), check)
+        usable, _ = context.kept(context.chosen(items), check)
         records = context.measured(self.name, usable, measure)
         rows = [{**item.row, "predict": r["prediction"]} for item, r in zip(usable, records, strict=True)]
         results = export(rows, context.folder / "exports" / self.name)
