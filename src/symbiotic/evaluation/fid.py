@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from symbiotic.evaluation.assets import asset, at_least, content_hash, package, versions
-from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value, device_of
+from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, device_of
 from symbiotic.evaluation.caption_lists import (
     CAPTIONS_FROM,
     Captioned,
@@ -30,7 +30,7 @@ from symbiotic.evaluation.caption_lists import (
     read_caption_list,
     readable_images,
 )
-from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.context import Context, Gallery
 from symbiotic.evaluation.fidelity import Extractor, Pixels, check_weights, compare, read_statistics
 
 INCEPTION = "inception-v3-compat"
@@ -49,6 +49,12 @@ class Reference(NamedTuple):
 
     def hash(self) -> str:
         return files_hash(self.files) if self.statistics is None else content_hash(self.statistics)
+
+
+def made(context: Context, gallery: Gallery, items: Sequence[Captioned], i: int) -> Record:
+    """What an image was generated from, and its file in the folder of the evaluation."""
+    file = str(gallery.path(i).relative_to(context.folder)) if context.folder else None
+    return {"id": items[i].id, "caption": items[i].caption, "seed": f"{context.seed}/{i}", "file": file}
 
 
 class FID(Benchmark):
@@ -158,7 +164,8 @@ class FID(Benchmark):
         if statistics is None:
             usable, problems = readable_images(reference.files, self.reference_size)
             context.problems += problems
-        gallery, _ = drawn(model, context, captions, items, self.num_images)
+        gallery, chosen = drawn(model, context, captions, items, self.num_images)
+        context.measured(self.name, range(len(chosen)), lambda some: [made(context, gallery, chosen, i) for i in some])
         images = Pixels(len(usable), lambda i: load_real(usable[i], self.reference_size))
         possible = self.possible(len(gallery), None if statistics else len(usable), context.problems)
         found = compare(
