@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from assets import write_assets
+from assets import write_assets, write_clip
 from inspected import run_folder
 from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.config import compose_evaluation
@@ -25,6 +25,7 @@ from symbiotic.runs import load_state, save_state
 from symbiotic.schema import ConfigError, EvalConfig, RunError
 from symbiotic.studies.benchmarks import benchmark_names
 from symbiotic.studies.evaluate import evaluate_run, evaluation_folder, read_results
+from symbiotic.studies.evaluation_command import notes
 from symbiotic.trained import open_run
 
 CLIP = "++evaluation.benchmarks.clip_score={_target_: symbiotic.evaluation.clip_score.CLIPScore, num_images: 3"
@@ -273,6 +274,23 @@ def test_an_error_that_nobody_foresaw_is_one_benchmarks_and_keeps_its_traceback(
     assert len(results["scores"]) == 7
     again = evaluate_run(config(), run, quiet)
     assert contents(again) == whole
+
+
+def test_what_is_left_out_is_counted_also_of_a_benchmark_that_fails(run: Path, assets: Path) -> None:
+    write_assets(assets, images=4)
+    captions = assets / "some.jsonl"
+    captions.write_text('{"caption": "red 7"}\n{"caption": 5}\n[\n')
+    more = CLIP + f", captions: {captions}}}"
+    (assets / "clip" / "open_clip_model.safetensors").write_bytes(b"cut")
+    results = read_results(evaluate_run(config(more), run, quiet))
+    assert list(results["failed"]) == ["clip_score"]
+    assert results["left_out"] == {"clip_score": 2}
+    assert [line.split(": ")[1] for line in results["problems"]] == ["line 2", "line 3"]
+    assert "left out: clip_score 2" in notes(results, {}, run)
+    write_clip(assets / "clip2", 1)
+    (assets / "clip2" / "open_clip_model.safetensors").replace(assets / "clip" / "open_clip_model.safetensors")
+    results = read_results(evaluate_run(config(more), run, quiet))
+    assert (results["failed"], results["left_out"]) == ({}, {"clip_score": 2})
 
 
 def test_without_its_corpus_a_run_is_asked_what_needs_none(run: Path, assets: Path, tmp_path: Path) -> None:

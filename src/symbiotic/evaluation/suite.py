@@ -151,6 +151,7 @@ class Suite:
                 with scores.noting(benchmark.name):
                     benchmark.prepare(say)
                     self._measure(benchmark, model, context, scores)
+                scores.problems += context.problems
                 scores.seconds[benchmark.name] = time.perf_counter() - start
         scores.problems[:] = dict.fromkeys(scores.problems)
         scores.judges.update(self.judges() if "embedded_acc" in scores else {})
@@ -166,5 +167,4 @@ class Suite:
         for name, value in measured:
             scores.add(benchmark.name, name, value)
         scores.records += context.records
-        scores.problems += context.problems
         scores.files += dict.fromkeys(context.files)

@@ -108,6 +108,8 @@ class Session:
     weights_hash: str
     found: Scores
     seconds: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """Of benchmarks that were tried and have no part."""
 
     @property
     def protocols(self) -> dict[str, Mapping[str, Any]]:
@@ -156,7 +158,9 @@ class Session:
         self.seconds |= scores.seconds
         for mine, new in zip(self.found.unmeasured, scores.unmeasured, strict=True):
             mine.update(new)
-        if not any(scores.unmeasured):
+        if any(scores.unmeasured):
+            self.problems[name] = scores.problems
+        else:
             write_json(self.part(name), part(scores))
 
     def write(self) -> None:
@@ -181,6 +185,7 @@ class Session:
     def results(self, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         trained = self.trained
         summary = read_json(trained.folder / "summary.json") or {}
+        problems = {name: found["problems"] for name, found in parts.items()} | self.problems
         facts = {key: value for key, value in self.identity.items() if key != "protocol"}
         return {
             "run": trained.folder.name,
@@ -193,7 +198,8 @@ class Session:
             "judges": next((found["judges"] for found in parts.values() if found["judges"]), {}),
             "missing": {name: line for name, line in self.found.missing.items() if name not in parts},
             "failed": {name: line for name, line in self.found.failed.items() if name not in parts},
-            "problems": list(dict.fromkeys(line for found in parts.values() for line in found["problems"])),
+            "problems": list(dict.fromkeys(line for lines in problems.values() for line in lines)),
+            "left_out": {name: len(lines) for name, lines in problems.items() if lines},
             "provenance": {
                 "config": config_hash(trained),
                 "parent": summary.get("parent"),
