@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from assets import write_assets
 from factory import SYSTEMS
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.callbacks.events import read_events
 from symbiotic.config import compose
+from symbiotic.evaluation.assets import ASSETS
 from symbiotic.runs import load_state, provenance, read_json, write_json
 from symbiotic.schema import Config, ConfigError, RunError
 
@@ -70,6 +72,24 @@ def test_every_system_trains_and_keeps_its_golden_losses(
     if not path.exists():
         pytest.skip(f"no golden losses for torch {TORCH}")
     assert losses == pytest.approx(json.loads(path.read_text())[system], rel=1e-4)
+
+
+def test_a_damaged_asset_costs_a_training_one_line(
+    shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assets = write_assets(tmp_path / "assets", images=2)
+    checkpoint = assets / "hps" / "HPS_v2.1_compressed.pt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    monkeypatch.setenv(ASSETS, str(assets))
+    hps, clip = (
+        f"++evaluation.benchmarks.{name}._target_=symbiotic.evaluation.{name}" for name in ("hps", "clip_score")
+    )
+    few = ("phases=none", "phases.steps=3", "evaluation.every=2", "evaluation.images=2")
+    config = run(shared_tmp, tmp_path, f"{hps}.HPSv2", f"{clip}.CLIPScore", *few)
+    assert capsys.readouterr().out.count("evaluation: FAILED: hps_v2.1: ") == 1
+    scores = read_json(Path(config.run_dir) / "summary.json")["scores"]
+    assert {"embedded_acc", "clip_score"} <= set(scores)
+    assert "hps_v2.1" not in scores
 
 
 @pytest.mark.parametrize("system", SYSTEMS)

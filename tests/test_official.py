@@ -66,8 +66,8 @@ def test_the_official_path_with_anchors_and_a_report(
     (folder,) = (Path(config.run_dir) / "evaluation").glob("step=000020-*")
     results = read_json(folder / "results.json")
     expected = {
-        "mmlu",
-        "mmlu_macro",
+        "mmlu_share",
+        "mmlu_share_macro",
         "ocrbench_share",
         f"fid@{TINY}",
         f"kid@{TINY}",
@@ -76,20 +76,22 @@ def test_the_official_path_with_anchors_and_a_report(
         "reading",
     }
     assert expected <= set(results["scores"])
-    assert not {"ocrbench", "fid"} & set(
+    assert not {"mmlu", "ocrbench", "fid"} & set(
         results["scores"]
     )  # a linear map is no Inception; five entries are not the official thousand
     assert {"wise", "dpg_bench", "t2i_compbench", "ocrbench_v2", "geneval"} == set(results["missing"])
     assert "evaluate_images.py" in results["missing"]["geneval"]  # exported; its evaluator's results are awaited
     assert (folder / "exports" / "geneval" / "00001" / "samples").is_dir()
-    assert results["scores"]["mmlu"]["n"] == 6
+    assert results["scores"]["mmlu_share"]["n"] == 6
     assert results["scores"]["ocrbench_share"]["n"] == 5
     anchors = read_json(folder / "anchors.json")
-    assert {"mmlu", "ocrbench_share", f"fid@{TINY}", "clip_score"} <= set(anchors["iteration 0"])
-    assert {"mmlu", "ocrbench_share", "reading"} <= set(anchors["stage 0"])  # reading: of fewer than in the training
+    assert {"mmlu_share", "ocrbench_share", f"fid@{TINY}", "clip_score"} <= set(anchors["iteration 0"])
+    assert {"mmlu_share", "ocrbench_share", "reading"} <= set(
+        anchors["stage 0"]
+    )  # reading: of fewer than in the training
     assert not {f"fid@{TINY}", "clip_score"} & set(anchors["stage 0"])  # draws nothing
     with (runs / "report" / "results.csv").open() as file:
-        rows = [row for row in csv.DictReader(file) if row["score"] == "mmlu"]
+        rows = [row for row in csv.DictReader(file) if row["score"] == "mmlu_share"]
     assert {row["step"]: row["source"] for row in rows} == {
         "stage 0": "anchor",
         "iteration 0": "anchor",

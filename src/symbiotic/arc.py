@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -206,13 +206,15 @@ class Arc:
         """Scores of the parent, kept beside it."""
         code = source_hash("models", "objectives", "generation", "evaluation")
         model = built(config, state, latents=False)
-        protocols, _, _ = read_protocols(self.evaluation, model)  # others when assets come or change
+        protocols = read_protocols(self.evaluation, model).protocols  # others when assets come or change
         path = folder / f"scores-{digest([self.evaluation_key(), protocols])}-{code}.json"
         known = read_json(path)
-        if known is None:
-            known = dict(self.evaluate(model))
-            write_json(path, known)
-        return known
+        if known is not None:
+            return dict(known)
+        scores = self.evaluate(model)
+        if not scores.failed:
+            write_json(path, dict(scores))
+        return dict(scores)
 
     # ------------------------------------------------------------------ profile and split
 
@@ -290,13 +292,16 @@ class Arc:
     def evaluation_key(self) -> str:
         return digest([asdict(self.config.evaluation), self.fingerprint, asdict(self.config.objective)])
 
-    def evaluate(self, model: nn.Module, share: float = 1.0) -> Scores:
-        """What could not be measured or used is said once in a run."""
-        scores = self.evaluation.run(model, self.config.seed, share=share)
-        for line in (*scores.problems, *scores.missing.values()):
+    def evaluate(self, model: nn.Module, share: float = 1.0, only: Collection[str] | None = None) -> Scores:
+        """What could not be measured or used is said once in a run, and costs the training nothing else."""
+        scores = self.evaluation.run(model, self.config.seed, only, share=share)
+        failed = (f"FAILED: {name}: {line}" for name, line in scores.failed.items())
+        lines = [*scores.problems, *scores.missing.values(), *failed]
+        for line in lines:
             if line not in self.told:
                 print(f"   evaluation: {line}", flush=True)
-        self.told |= {*scores.problems, *scores.missing.values()}
+        self.told.update(lines)
+        scores.write_tracebacks(self.folder)
         return scores
 
     def look(self, model: nn.Module) -> Mapping[str, float]:
@@ -306,7 +311,7 @@ class Arc:
         return scores if quick == 1 else {f"quick/{name}": value for name, value in scores.items()}
 
     def understanding(self, model: nn.Module) -> Scores:
-        return self.evaluation.run(model, self.config.seed, only=("knowledge", "reading"))
+        return self.evaluate(model, only=("knowledge", "reading"))
 
     def draw(self, model: nn.Module, count: int) -> tuple[Any, list[str]]:
         """Images for the first captions of the generation benchmark, as the evaluation samples them."""

@@ -346,6 +346,7 @@ class Evaluation:
     readings: int = 200
     images: int = 96
     batch_size: int = 96
+    caption_tokens: int = 4096  # of captions that configured benchmarks draw from; longer ones are named and left out
     benchmarks: dict[str, dict[str, Any] | None] = field(default_factory=dict)  # name -> `_target_` and its arguments
     scorers: Literal["default", "tiny"] = "default"  # judges of the images; tiny: plumbing, judges nothing well
 

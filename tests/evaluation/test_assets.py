@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from pathlib import Path
 
 import pytest
 
 from symbiotic.data.errors import DataError
-from symbiotic.evaluation.assets import ASSETS, asset, content_hash, package
+from symbiotic.evaluation.assets import ASSETS, asset, content_hash, package, versions
 from symbiotic.evaluation.benchmark import MissingAsset
 
 KEY, HOW = "evaluation.benchmarks.x.file", "it is part of the release"
@@ -67,3 +68,10 @@ def test_the_hash_changes_with_content_and_names_and_nothing_else(tmp_path: Path
     assert content_hash(folder) != before
     with pytest.raises(DataError, match=r"cannot read: .*nothing"):
         content_hash(tmp_path / "nothing")
+
+
+def test_the_versions_of_what_decides_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(versions("torch-fidelity", "lm-eval")) == ["torch-fidelity", "lm-eval"]
+    assert versions("torch") == {"torch": importlib.metadata.version("torch")}
+    with pytest.raises(MissingAsset, match=r"the package no-such-package is not installed; pip install"):
+        versions("no-such-package")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,14 @@ def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         (14, 9, "of no image"),
     ]
     annotations: list[Any] = [{"id": i, "image_id": image, "caption": text} for i, image, text in rows]
-    path.write_text(json.dumps({"images": [*images, {"id": 5}, 3], "annotations": [*annotations, {"id": 15}, "x"]}))
+    path.write_text(
+        json.dumps(
+            {
+                "images": [*images, {"id": 5}, 3, {"id": math.inf, "file_name": "f.png"}],
+                "annotations": [*annotations, {"id": 15}, "x", {"id": math.inf, "image_id": 1, "caption": "endless"}],
+            }
+        )
+    )
     items, problems = read_caption_list(path)
     assert items == [Captioned("1", "kept", tmp_path / "x" / "a.png")]
     expected = {
@@ -67,8 +75,10 @@ def test_coco_items_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         "annotation 17: caption 'half \\ud800' holds half a character",
         "image 6: image '/e.png' must be a path in the folder of images",
         "annotation 8: needs the numbers id and image_id, and caption",
+        "annotation 9: needs the numbers id and image_id, and caption",
         "annotation 7: needs the numbers id and image_id, and caption",
         "image 5: needs the number id, and file_name",
+        "image 7: needs the number id, and file_name",
         "image 6: needs the number id, and file_name",
         "image 2: no caption",
         "image 4: no caption",
@@ -85,11 +95,19 @@ def test_lists_of_texts(tmp_path: Path) -> None:
     items, problems = read_caption_list(tmp_path / "b.json")
     assert [(item.id, item.caption) for item in items] == [("0", "one"), ("3", "two")]
     assert [line[:15] for line in problems] == ["b.json: item 1:", "b.json: item 2:"]
-    rows = ['{"caption": "a", "image": "x/1.png"}', '{"prompt": "b", "id": "p7"}', '{"text": "c"}', "{", "[1]"]
+    rows = [
+        '{"caption": "a", "image": "x/1.png"}',
+        '{"prompt": "b", "id": "p7"}',
+        '{"text": "c"}',
+        "{",
+        "[1]",
+        "[" * 10**5,
+    ]
     (tmp_path / "c.jsonl").write_text("\n".join(rows))
     items, problems = read_caption_list(tmp_path / "c.jsonl")
     assert items == [Captioned("1", "a", tmp_path / "x/1.png"), Captioned("p7", "b")]
-    assert [line.split(":")[1] for line in problems] == [" line 3", " line 4", " line 5"]
+    assert [line.split(":")[1] for line in problems] == [" line 3", " line 4", " line 5", " line 6"]
+    assert problems[-1] == "c.jsonl: line 6: not JSON: nested too deeply"
 
 
 @pytest.mark.parametrize(
@@ -97,6 +115,7 @@ def test_lists_of_texts(tmp_path: Path) -> None:
     [
         ("a.csv", b"x", r"a\.csv: must be a file of captions"),
         ("a.json", b"{", r"a\.json: not a JSON file"),
+        ("a.json", b"[" * 10**5, r"a\.json: not a JSON file: nested too deeply"),
         ("a.json", b"{}", r"a\.json: must be a list of captions, or COCO annotations"),
         ("a.json", b"[1]", r"a\.json: no caption in it; a\.json: item 0"),
         ("a.txt", b"\n", r"a\.txt: no caption in it"),

@@ -76,9 +76,20 @@ def test_a_negative_score_is_not_clipped(assets: Path, here: Context) -> None:
     assert before != 0
 
 
+def test_a_caption_that_is_too_long_is_named_and_the_rest_scored(assets: Path, here: Context, tmp_path: Path) -> None:
+    path = tmp_path / "some.txt"
+    path.write_text("red 7\n" + "red " * (here.caption_tokens + 1) + "\nblue 1\n")
+    assert measured(CLIPScore(str(path)), here)["clip_score"].n == 2
+    assert [(record["id"], record["caption"]) for record in here.records] == [("1", "red 7"), ("3", "blue 1")]
+    tokens = f"{here.caption_tokens + 1} tokens; evaluation.caption_tokens={here.caption_tokens}"
+    assert here.problems == [f"some.txt: item 2: a caption of {tokens}"]
+
+
 def test_the_protocol_names_the_model_and_changes_with_every_file(assets: Path) -> None:
     before = CLIPScore().protocol()
     assert str(before["model"]).startswith("open_clip_config.json ")
+    assert {"open_clip_torch", "torchvision"} <= set(before)
+    assert (before["images"], CLIPScore(num_images=4).protocol()["images"]) == (6, 4)
     config = clip_config()
     config["model_cfg"]["quick_gelu"] = False
     (assets / "clip" / "open_clip_config.json").write_text(json.dumps(config))
@@ -87,7 +98,6 @@ def test_the_protocol_names_the_model_and_changes_with_every_file(assets: Path) 
     assert CLIPScore().protocol()["weights"] != before["weights"]
     (assets / "coco" / "captions_val2014.json").write_text('["x"]')
     assert CLIPScore().protocol()["captions"] != before["captions"]
-    assert CLIPScore(num_images=3).protocol()["images"] == 3
     (assets / "clip" / "open_clip_config.json").unlink()
     assert CLIPScore().protocol()["model"] == "ViT-B-32-quickgelu"
     assert CLIPScore(architecture="ViT-B-16").protocol()["model"] == "ViT-B-16"

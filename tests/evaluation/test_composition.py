@@ -413,10 +413,12 @@ def test_wrong_results_of_wise_are_one_line(run: Any, tmp_path: Path, rows: list
 
 def test_bad_prompts_are_named_and_the_rest_exported(run: Any, assets: Path, tmp_path: Path) -> None:
     path = assets / "geneval" / "evaluation_metadata.jsonl"
-    path.write_text("{\n" + json.dumps({"tag": "x", "prompt": " "}) + "\n" + json.dumps(GENEVAL[0]) + "\n[]\n\n")
-    assert "3 prompts were left out: evaluation_metadata.jsonl: line 1: must be a mapping" in waits(run, GenEval())
+    path.write_text(
+        "{\n" + json.dumps({"tag": "x", "prompt": " "}) + "\n" + json.dumps(GENEVAL[0]) + "\n[]\n\n" + "[" * 10**5
+    )
+    assert "4 prompts were left out: evaluation_metadata.jsonl: line 1: must be a mapping" in waits(run, GenEval())
     assert sorted(p.name for p in (tmp_path / "e" / "exports" / "geneval").iterdir()) == ["00002"]  # its line, from 0
-    assert [problem.split(": ")[1] for problem in run.context.problems] == ["line 1", "line 2", "line 4"]
+    assert [problem.split(": ")[1] for problem in run.context.problems] == ["line 1", "line 2", "line 4", "line 6"]
 
     prompts = assets / "dpg_bench" / "prompts"
     (prompts / "a.b.txt").write_text("red 7")
@@ -446,6 +448,12 @@ def test_half_a_character_is_left_out(run: Any, assets: Path, tmp_path: Path) ->
     path.write_text(json.dumps(GENEVAL[0] | {"prompt": "red \ud800"}) + "\n" + json.dumps(GENEVAL[1]))
     assert r"1 prompts were left out: prompt 00000: 'red \ud800': not valid Unicode" in waits(run, GenEval())
     assert [p.name for p in (tmp_path / "e" / "exports" / "geneval").iterdir()] == ["00001"]
+
+
+def test_a_prompt_that_is_too_long_is_left_out(run: Any, assets: Path, tmp_path: Path) -> None:
+    assert "5 prompts were left out: prompt 401: a caption of 4 tokens" in waits(run, WISE(), caption_tokens=2)
+    waits(run, DPGBench(), caption_tokens=4)
+    assert [path.stem for path in (tmp_path / "e" / "exports" / "dpg_bench").iterdir()] == ["partiprompts107"]
 
 
 def test_files_without_a_prompt_fail(run: Any, assets: Path) -> None:

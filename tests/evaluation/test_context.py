@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -65,13 +66,21 @@ def test_records_in_memory_are_those_of_the_file(corpus: Path, tmp_path: Path) -
     assert held == [json.loads(line) for line in (tmp_path / "x.jsonl").read_text().split("\n") if line]
 
 
-def test_a_share_takes_the_first_items(corpus: Path) -> None:
+def test_a_share_lies_evenly_in_the_items(corpus: Path) -> None:
     items = list(range(10))
-    assert context(corpus, None, share=0.25).first(items) == [0, 1, 2]
-    assert context(corpus, None, share=0.25).first(items, limit=4) == [0]
-    assert context(corpus, None, share=0.001).first(items) == [0]
-    assert context(corpus, None).first(items, limit=4) == [0, 1, 2, 3]
-    assert context(corpus, None).first([]) == []
+    assert context(corpus, None, share=0.25).chosen(items) == [0, 2, 5]
+    assert context(corpus, None, share=0.25).chosen(items, limit=4) == [0]
+    assert context(corpus, None, share=0.001).chosen(items) == [0]
+    assert context(corpus, None).chosen(items, limit=4) == [0, 1, 2, 3]
+    assert context(corpus, None).chosen([]) == context(corpus, None, share=0.5).chosen([]) == []
+    kinds = [i % 2 for i in range(96)]  # seen and held-out captions take turns
+    subjects = [i // 100 for i in range(5700)]
+    for share in (0.5, 0.25, 0.1):
+        some = context(corpus, None, share=share)
+        assert abs(sum(some.chosen(kinds)) / len(some.chosen(kinds)) - 0.5) < 0.11
+        counts = Counter(some.chosen(subjects))
+        assert set(counts) == set(range(57))
+        assert max(counts.values()) - min(counts.values()) <= 3
 
 
 def test_items_that_cannot_be_prepared_are_named(corpus: Path) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from factory import build
-from symbiotic.data.errors import DataError
 from symbiotic.data.packing import patch_pixels
 from symbiotic.data.tokenizer import EOS, Tokenizer
 from symbiotic.evaluation.captions import read_captions
@@ -114,6 +113,13 @@ def test_an_oracle_gets_everything_right(corpus: Path, tiny_scorers: Scorers, pr
     }
     assert scores.judges == tiny_scorers.accuracy
     assert scores.problems == []
+
+
+def test_a_share_of_the_images_is_compared_with_its_own_references(corpus: Path) -> None:
+    scores = evaluation(corpus, guidance=1.0).run(Oracle(corpus, "x"), share=0.5, only=("flow_error", "generation"))
+    assert (scores.n["embedded_acc"], scores.n["embedded_acc_held_out"]) == (6, 2)
+    assert scores["flow_error"] == pytest.approx(0, abs=1e-6)
+    assert scores["embedded_fd"] == pytest.approx(0, abs=1e-3)
 
 
 def test_wrong_answers_score_zero(corpus: Path) -> None:
@@ -217,7 +223,7 @@ def test_bad_items_are_named_and_the_others_scored(corpus: Path, tmp_path: Path)
     (benchmarks / "generation" / "images" / "00001.png").unlink()
     text = (benchmarks / "generation" / "captions.jsonl").read_text()
     first = text.splitlines()[0]
-    (benchmarks / "generation" / "captions.jsonl").write_text(text.replace(first, "{"))
+    (benchmarks / "generation" / "captions.jsonl").write_text(text.replace(first, "[" * 10**5))
     scores = evaluation(tmp_path / "c", guidance=1.0).run(Oracle(corpus, "x"))
     assert (scores["reading"], scores.n["reading"]) == (1.0, 10)
     assert (scores["knowledge_replayed"], scores.n["knowledge_replayed"]) == (1.0, 8)
@@ -235,7 +241,10 @@ def test_a_reading_image_larger_than_the_model_is_named(corpus: Path) -> None:
     assert "larger than 4 patches a side" in scores.problems[0]
 
 
-def test_a_missing_benchmark_is_one_line(corpus: Path, tmp_path: Path) -> None:
+def test_missing_benchmarks_are_a_line_each(corpus: Path, tmp_path: Path) -> None:
     shutil.copy(corpus / "tokenizer.json", tmp_path)
-    with pytest.raises(DataError, match=r"no file replayed_test\.csv"):
-        evaluation(tmp_path).run(Oracle(corpus, "x"))
+    scores = evaluation(tmp_path).run(Oracle(corpus, "x"))
+    assert not scores
+    assert list(scores.failed) == ["knowledge", "reading", "flow_error", "generation"]
+    assert "no file replayed_test.csv" in scores.failed["knowledge"]
+    assert not scores.tracebacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 from pathlib import Path
@@ -21,11 +22,12 @@ from symbiotic.evaluation.assets import ASSETS
 from symbiotic.evaluation.benchmark import MissingAsset, Value, measuring
 from symbiotic.evaluation.caption_lists import load_real, read_caption_list
 from symbiotic.evaluation.clip_score import CLIPScore
-from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.context import Context, whole_lines
 from symbiotic.evaluation.fid import FID, INCEPTION, INCEPTION_FILE
 from symbiotic.evaluation.fidelity import Pixels, check_weights, read_statistics
 from symbiotic.evaluation.frechet import fit, frechet_distance, frechet_interval
 from symbiotic.evaluation.hps import HPSv2
+from symbiotic.evaluation.images import image_facts
 from symbiotic.evaluation.names import metric
 from symbiotic.evaluation.suite import Suite
 from symbiotic.schema import ConfigError, Objective, Sampler
@@ -124,6 +126,18 @@ def test_every_score_is_torch_fidelitys_and_fid_the_formula(assets: Path, here: 
     assert list(scores) == ALL
     assert scores["fid"].value > 1
     assert here.problems == []
+
+
+def test_a_record_of_every_image_says_what_it_was_made_from(assets: Path, here: Context) -> None:
+    measured(tiny(num_images=3), here)
+    assert here.folder is not None
+    records = list(whole_lines(here.folder / "fid.jsonl"))
+    items, _ = read_caption_list(assets / "coco" / "captions_val2014.json")
+    assert [(record["id"], record["caption"]) for record in records] == [(i.id, i.caption) for i in items[:3]]
+    for record in records:
+        facts = image_facts(here.folder / record["file"])
+        assert (facts["prompt"], facts["seed"]) == (record["caption"], record["seed"])
+    assert "fid.jsonl" in here.files
 
 
 @pytest.mark.parametrize("layout", ["mu sigma", "ADM"])
@@ -243,6 +257,7 @@ def test_the_protocol_changes_with_files_and_counts(assets: Path) -> None:
     before = tiny().protocol()
     assert json.loads(json.dumps(before)) == before
     assert before["images"] == IMAGES
+    assert before["torch-fidelity"] == importlib.metadata.version("torch-fidelity")
     assert before["reference"] == f"val2014: {IMAGES} images"
     assert tiny(num_images=7).protocol()["reference_hash"] != before["reference_hash"]
     image = next((assets / "coco" / "val2014").iterdir())

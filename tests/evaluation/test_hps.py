@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,11 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "assets" / "hps"
 
 
-def measured(benchmark: HPSv2, corpus: Path, folder: Path | None = None) -> tuple[dict[str, Value], Context]:
+def measured(
+    benchmark: HPSv2, corpus: Path, folder: Path | None = None, **more: Any
+) -> tuple[dict[str, Value], Context]:
     tokenizer, objective = Tokenizer.load(corpus / "tokenizer.json"), Objective(sampler=Sampler(steps=1))
-    here = Context(tokenizer, objective, size=(12, 20), batch_size=2, folder=folder)
+    here = Context(tokenizer, objective, size=(12, 20), batch_size=2, folder=folder, **more)
     with measuring(build("symbiotic", vocab_size=512)) as model:
         return dict(benchmark.run(model, here)), here
 
@@ -89,6 +92,13 @@ def test_a_cut_list_is_named_and_the_others_are_scored(assets: Path, corpus: Pat
     assert [line for line in here.problems if "anime.json: not JSON" in line or "anime.json: not a JSON" in line]
 
 
+def test_a_prompt_that_is_too_long_is_named_and_the_rest_scored(assets: Path, corpus: Path) -> None:
+    scores, here = measured(HPSv2(), corpus, caption_tokens=3)
+    assert scores["hps_v2.1"].n == 2  # of five, three with more than three words
+    assert len(here.problems) == 3
+    assert all(line.endswith("evaluation.caption_tokens=3") for line in here.problems)
+
+
 def test_missing_and_damaged_files(assets: Path, corpus: Path) -> None:
     with pytest.raises(MissingAsset, match=r"hps/HPS_v2_compressed\.pt.*hps_v2\.checkpoint"):
         HPSv2("v2").protocol()
@@ -107,6 +117,8 @@ def test_missing_and_damaged_files(assets: Path, corpus: Path) -> None:
 def test_the_protocol_says_version_model_and_prompts(assets: Path) -> None:
     before = HPSv2().protocol()
     assert before["version"] == "v2.1"
+    assert "open_clip_torch" in before
+    assert before["images"] == {name: len(prompts) for name, prompts in PROMPTS.items()}
     assert set(before["captions"]) == set(PROMPTS)  # type: ignore[call-overload]
     assert HPSv2(architecture="ViT-H-14").protocol()["model"] == "ViT-H-14"
     torch.save({"state_dict": random_clip(7)}, assets / "HPS_v2.1_compressed.pt")

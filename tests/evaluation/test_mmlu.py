@@ -166,6 +166,12 @@ def test_a_table_that_cannot_be_read_takes_no_other_with_it(tmp_path: Path) -> N
     assert problems[1:] == ["astronomy/test-0.parquet: no column choices, answer; it has question"]
 
 
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_a_file_without_a_question_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "virology_test.csv").write_text(content)
+    assert read_mmlu(tmp_path, "test") == ([], ["virology_test.csv: no question in it"])
+
+
 def test_a_damaged_piece_of_a_table_is_named_and_the_others_are_read(tmp_path: Path) -> None:
     path = tmp_path / "all" / "test-0.parquet"
     table(path, {"anatomy": TRICKY})

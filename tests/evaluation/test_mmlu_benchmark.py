@@ -19,6 +19,7 @@ import torch
 from pyarrow import parquet
 
 from factory import build
+from symbiotic.config import compose_evaluation
 from symbiotic.data.errors import DataError
 from symbiotic.data.packing import Text, build_sample
 from symbiotic.data.tokenizer import BOS, Tokenizer
@@ -27,8 +28,9 @@ from symbiotic.evaluation.benchmark import MissingAsset, Value, measuring
 from symbiotic.evaluation.context import Context, whole_lines
 from symbiotic.evaluation.lm_eval_adapter import Answering, run_task
 from symbiotic.evaluation.mmlu import read_mmlu
-from symbiotic.evaluation.mmlu_benchmark import CATEGORIES, MMLU, described, document, prompt
-from symbiotic.evaluation.prompts import one_a_row
+from symbiotic.evaluation.mmlu_benchmark import CATEGORIES, MMLU, OFFICIAL_COUNTS, described, document, prompt, scores
+from symbiotic.evaluation.names import metric
+from symbiotic.evaluation.prompts import MAX_TOKENS, one_a_row
 from symbiotic.generation.text import last_logits
 from symbiotic.models.batch import Batch
 from symbiotic.schema import ConfigError, Objective
@@ -50,12 +52,12 @@ TEST = {  # the stub answers A to alpha, ..., D to delta
 }
 DEV = {s: [[f"{s} {word} {i}", "w", "x", "y", "z", "ABCD"[i % 4]] for i, word in enumerate(WORDS * 2)] for s in TEST}
 BY_HAND = {
-    "mmlu": 4 / 6,
-    "mmlu_macro": (3 / 4 + 1 / 2) / 2,
-    "mmlu/stem": 3 / 4,
-    "mmlu/other": 1 / 2,
-    "mmlu/anatomy": 3 / 4,
-    "mmlu/virology": 1 / 2,
+    "mmlu_share": 4 / 6,
+    "mmlu_share_macro": (3 / 4 + 1 / 2) / 2,
+    "mmlu_share/stem": 3 / 4,
+    "mmlu_share/other": 1 / 2,
+    "mmlu_share/anatomy": 3 / 4,
+    "mmlu_share/virology": 1 / 2,
 }
 PREDICTIONS = ["A", "B", "D", "C", "D", "B"]
 
@@ -158,10 +160,10 @@ def test_every_subject_has_the_stock_description_and_category(tmp_path: Path) ->
 def test_scores_are_those_worked_out_by_hand_in_both_layouts(tmp_path: Path, write: Any) -> None:
     benchmark, here = MMLU(str(write(tmp_path / "mmlu"))), context(tmp_path / "out")
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
-    scores = run(benchmark, Reader(), here)
+    found = run(benchmark, Reader(), here)
     assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
-    assert {name: score.value for name, score in scores.items()} == pytest.approx(BY_HAND)
-    assert [scores[name].n for name in BY_HAND] == [6, 6, 4, 2, 4, 2]
+    assert {name: score.value for name, score in found.items()} == pytest.approx(BY_HAND)
+    assert [found[name].n for name in BY_HAND] == [6, 6, 4, 2, 4, 2]
     assert here.problems == []
     records = list(whole_lines(tmp_path / "out" / "mmlu.jsonl"))
     assert records == here.records
@@ -179,8 +181,8 @@ def test_scores_from_records_are_lm_evals_own_with_a_real_model(tmp_path: Path) 
     answering = Answering(model, TOKENIZER, functools.partial(here.measured, "mmlu"), described, batch_size=4)
     with torch.no_grad():
         theirs = run_task("mmlu", documents, answering)
-    scores = run(benchmark, model, context())
-    assert theirs["acc,none"] == scores["mmlu"].value
+    found = run(benchmark, model, context())
+    assert theirs["acc,none"] == found["mmlu_share"].value
     assert len({record["prediction"] for record in answering.records}) > 1
     for asked, record in zip(documents, answering.records, strict=True):
         sample = build_sample("", "lm", [Text([BOS, *TOKENIZER.encode(prompt(asked))])])
@@ -188,6 +190,21 @@ def test_scores_from_records_are_lm_evals_own_with_a_real_model(tmp_path: Path) 
             directly = last_logits(model, one_a_row([sample])).log_softmax(-1)[0, list(TOKENIZER.letters)]
         assert record["log_probs"] == pytest.approx(directly.tolist(), rel=1e-4)
         assert record["prediction"] == "ABCD"[int(directly.argmax())]
+
+
+def test_only_the_official_questions_behind_five_shots_are_called_mmlu() -> None:
+    subjects = {names[0]: OFFICIAL_COUNTS[category] for category, names in CATEGORIES.items()}
+    record = {"shots": 5, "lost": 0, "correct": True}
+    whole = [{**record, "subject": subject} for subject, count in subjects.items() for _ in range(count)]
+    assert len(whole) == 14_042
+    shorter = {**whole[0], "shots": 3, "lost": 2}  # to max_tokens, as in the authors' script
+    expected = {"mmlu", "mmlu_macro", *(f"mmlu/{name}" for name in (*CATEGORIES, *subjects))}
+    assert {name for name, _ in scores([shorter, *whole[1:]])} == expected
+    for other in (whole[1:], [{**whole[0], "shots": 4}, *whole[1:]], [{**whole[0], "shots": 0}, *whole[1:]]):
+        assert {name for name, _ in scores(other)} == {n.replace("mmlu", "mmlu_share") for n in expected}
+    assert "mmlu" not in dict(scores([*whole, {**record, "subject": "cooking"}]))
+    assert metric("mmlu/stem").official
+    assert not any(metric(name).official for name in ("mmlu_share", "mmlu_share_macro", "mmlu_share/stem"))
 
 
 def test_an_evaluation_that_was_killed_goes_on(tmp_path: Path) -> None:
@@ -208,17 +225,26 @@ def test_prompts_that_are_too_long_lose_shots_and_are_counted(tmp_path: Path) ->
     folder, here = write_csv(tmp_path, {"anatomy": [*TEST["anatomy"], long]}), context()
     sizes = [len(TOKENIZER.encode(prompt(asked))) + 2 for asked in MMLU(str(folder)).documents(context())]
     limit = sorted(sizes[:4])[1]
-    scores = run(MMLU(str(folder), max_tokens=limit), Reader(), here)
+    found = run(MMLU(str(folder), max_tokens=limit), Reader(), here)
     assert [record["id"] for record in here.records] == [f"anatomy/{i}" for i in (1, 2, 3, 4)]
     assert [record["shots"] for record in here.records] == [5 if size <= limit else 4 for size in sizes[:4]]
-    assert scores["mmlu"] == Value(3 / 4, 4)
+    assert found["mmlu_share"] == Value(3 / 4, 4)
     named, counted = here.problems
     assert named.startswith("mmlu: anatomy/5: ")
     assert named.endswith(f" tokens without shots; max_tokens={limit}")
     assert counted == f"mmlu: 2 of 4 prompts lost shots to max_tokens={limit}: 2 with 4"
     nothing = run(MMLU(str(folder), max_tokens=3), Reader(), context())
-    assert math.isnan(nothing["mmlu"].value)
-    assert nothing["mmlu"].n == 0
+    assert math.isnan(nothing["mmlu_share"].value)
+    assert nothing["mmlu_share"].n == 0
+
+
+def test_a_question_longer_than_the_default_limit_is_named_and_the_rest_asked(tmp_path: Path) -> None:
+    endless = ["alpha " * MAX_TOKENS, "a", "b", "c", "d", "A"]
+    here = context()
+    found = run(MMLU(str(write_csv(tmp_path, {"anatomy": [endless, *TEST["anatomy"]]}))), Reader(), here)
+    assert found["mmlu_share"].n == 4
+    assert [problem.endswith(f" tokens without shots; max_tokens={MAX_TOKENS}") for problem in here.problems] == [True]
+    assert compose_evaluation(["run=x"]).evaluation.benchmarks["mmlu"]["max_tokens"] == MAX_TOKENS
 
 
 def test_rows_that_cannot_be_used_are_named_and_the_rest_is_asked(tmp_path: Path) -> None:
@@ -226,8 +252,8 @@ def test_rows_that_cannot_be_used_are_named_and_the_rest_is_asked(tmp_path: Path
     with (folder / "test" / "anatomy_test.csv").open("a") as file:
         file.write('alpha,1,2,3,4,E\nalpha,1,2,3\nalpha,"never closed,2,3,4,A\n')
     (folder / "dev" / "virology_dev.csv").write_text("delta is,1,2,3,4,A\nbroken\n")
-    scores = run(MMLU(str(folder)), Reader(), here)
-    assert {name: score.value for name, score in scores.items()} == pytest.approx(BY_HAND)
+    found = run(MMLU(str(folder)), Reader(), here)
+    assert {name: score.value for name, score in found.items()} == pytest.approx(BY_HAND)
     assert here.problems == [
         "anatomy_test.csv: row 5: answer 'E'; must be one of A, B, C, D",
         "anatomy_test.csv: row 6: 4 fields; must be 6 (question,A,B,C,D,letter)",
@@ -240,7 +266,8 @@ def test_rows_that_cannot_be_used_are_named_and_the_rest_is_asked(tmp_path: Path
 
 def test_a_share_and_fewer_shots(tmp_path: Path) -> None:
     here = context(share=0.5)
-    assert run(MMLU(str(write_csv(tmp_path)), shots=0), Reader(), here)["mmlu"] == Value(1.0, 3)
+    assert run(MMLU(str(write_csv(tmp_path)), shots=0), Reader(), here)["mmlu_share"] == Value(2 / 3, 3)
+    assert [record["id"] for record in here.records] == ["anatomy/1", "anatomy/3", "virology/2"]
     assert {record["shots"] for record in here.records} == {0}
 
 

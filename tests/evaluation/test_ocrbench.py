@@ -6,6 +6,7 @@ import base64
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,15 @@ def test_a_bad_entry_is_named_and_the_others_are_read(folder: Path, row: Any, fa
     assert problems[0].startswith(f"bench.json: {fault}")
 
 
+@pytest.mark.parametrize("answer", [math.nan, math.inf, True, ["4", False]])
+def test_an_answer_that_is_no_text_and_no_number_is_named(folder: Path, answer: Any) -> None:
+    entries, problems = read(folder, [entry(id=0), entry(answers=answer), entry(id=2, answers=[7, 1.5])])
+    assert [e.answers for e in entries[1:]] == [("7", "1.5")]
+    assert problems == [
+        f"bench.json: entry 1: answers {answer!r}; must be a text, a number or a list of them, none empty"
+    ]
+
+
 @pytest.mark.parametrize("content", ["[1, 2", "{}", "\xff"])
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "bench.json").write_bytes(content.encode("latin-1"))
@@ -169,6 +179,7 @@ IMAGE = base64.b64encode(png()).decode()
         (f"1\t{IMAGE}\tq\t__import__('os')\tc", "answer "),
         (f"1\t{IMAGE}\tq\t[]\tc", "answers []; must be"),
         (f"1\t{IMAGE}\tq\t['a', None]\tc", "answers ['a', None]; must be"),
+        (f"1\t{IMAGE}\tq\tTrue\tc", "answers True; must be"),
         (f"1\t{IMAGE}\tq\t['a']", "4 fields; must be 5"),
         (f'1\t{IMAGE}\t"never closed\t[1]\tc', "unexpected end of data"),
         (f"1\t{IMAGE}\tq\udcff\t['a']\tc", "not UTF-8"),

@@ -88,12 +88,29 @@ def test_results_are_averaged_as_the_official_script_does(tmp_path: Path, folder
     }
 
 
+def test_an_empty_prediction_that_the_official_script_forgets_is_named(
+    tmp_path: Path, folder: Path, model: torch.nn.Module
+) -> None:
+    path = scored(tmp_path / "out", model, folder, [1, 0.5, 0.25, 1, 0.5])
+    ledger, exported = tmp_path / "out" / "ocrbench_v2.jsonl", json.loads(path.read_text())
+    records = [json.loads(line) for line in ledger.read_text().splitlines()]
+    for rows, key in ((records, "prediction"), (exported, "predict")):
+        rows[1][key] = " "
+    del exported[1]["score"]
+    ledger.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text(json.dumps(exported))
+    found, here = run(folder, model, tmp_path / "out")
+    assert found["ocrbench_v2/en_text_recognition"] == Value(1, 1)
+    assert here.problems == ["results.json: entry 1: an empty prediction, which eval.py gave no score"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda rows: rows[:-1], "4 entries; predictions.json beside it has 5"),
         (lambda rows: [*rows[:-1], {**rows[-1], "predict": "another"}], "entry 4: not the result of the prediction"),
         (lambda rows: [*rows[:-1], {**rows[-1], "score": None}], "entry 4: score None; must be a number"),
+        (lambda rows: [{k: v for k, v in row.items() if k != "score"} for row in rows], "score None; must be a number"),
         (lambda rows: [*rows[:-1], "row"], "entry 4: not the result"),
         (lambda rows: {"rows": rows}, "must be a JSON list"),
     ],
@@ -114,6 +131,7 @@ def test_entries_that_cannot_be_used_are_named_and_left_out(
     bad = [
         {**rows[0], "type": "unknown"},
         {**rows[0], "image_path": "9.png"},
+        {**rows[0], "type": ["x"]},
         {**rows[0], "question": 5},
         {"id": 1},
         "x",
@@ -124,14 +142,15 @@ def test_entries_that_cannot_be_used_are_named_and_left_out(
     with measuring(model), pytest.raises(MissingAsset):
         list(OCRBenchV2(str(folder), max_new_tokens=2).run(model, here))
     assert len(json.loads((tmp_path / "out" / "exports" / "ocrbench_v2" / "predictions.json").read_text())) == 4
-    assert [line.split(": ", 1)[1] for line in here.problems[:5]] == [
+    assert [line.split(": ", 1)[1] for line in here.problems[:6]] == [
         "entry 0: type 'unknown' is none of OCRBench v2",
         "entry 1: no image 9.png",
-        "entry 2: question and image_path must be texts",
-        "entry 3: no type, image_path, question, answers",
-        "entry 4: must be a mapping, not str",
+        "entry 2: type ['x'] is none of OCRBench v2",
+        "entry 3: question and image_path must be texts",
+        "entry 4: no type, image_path, question, answers",
+        "entry 5: must be a mapping, not str",
     ]
-    assert "4.png: not a readable image" in here.problems[5]
+    assert "4.png: not a readable image" in here.problems[6]
 
 
 def test_settings(folder: Path, model: torch.nn.Module) -> None:

@@ -134,6 +134,7 @@ def test_answers_come_from_the_records(runs: Path) -> None:
     lines = [{"benchmark": "reading", "id": str(i), "correct": i == 1} for i in range(3)]
     lines += [{"benchmark": "generation", "id": "0", "held_out": True, "correct": True}]
     lines += [{"benchmark": "generation", "id": "1", "held_out": False, "correct": False}]
+    lines += [{"benchmark": "mmlu", "id": f"{s}/1", "subject": s, "correct": True} for s in ("anatomy", "virology")]
     path = runs / "symbiotic-seed1" / "predictions" / "step=000020.jsonl"
     path.parent.mkdir()
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -141,6 +142,8 @@ def test_answers_come_from_the_records(runs: Path) -> None:
     assert arm.answers("reading") == {1: {"0": 0.0, "1": 1.0, "2": 0.0}}
     assert arm.answers("embedded_acc") == {1: {"0": 1.0, "1": 0.0}}
     assert arm.answers("embedded_acc_held_out") == {1: {"0": 1.0}}
+    assert arm.answers("mmlu_share") == {1: {"anatomy/1": 1.0, "virology/1": 1.0}}
+    assert arm.answers("mmlu_share/anatomy") == {1: {"anatomy/1": 1.0}}
     assert arm.answers("flow_error") == {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from assets import write_assets
+from assets import write_assets, write_clip
 from inspected import run_folder
 from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.config import compose_evaluation
@@ -19,11 +19,13 @@ from symbiotic.evaluation import prompts
 from symbiotic.evaluation.assets import ASSETS
 from symbiotic.evaluation.context import whole_lines
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
+from symbiotic.evaluation.embedded_understanding import Reading
 from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.runs import load_state, save_state
 from symbiotic.schema import ConfigError, EvalConfig, RunError
 from symbiotic.studies.benchmarks import benchmark_names
 from symbiotic.studies.evaluate import evaluate_run, evaluation_folder, read_results
+from symbiotic.studies.evaluation_command import notes
 from symbiotic.trained import open_run
 
 CLIP = "++evaluation.benchmarks.clip_score={_target_: symbiotic.evaluation.clip_score.CLIPScore, num_images: 3"
@@ -88,6 +90,7 @@ def test_results_say_what_they_rest_on(run: Path) -> None:
     assert [results[key] for key in facts] == expected
     assert results["protocol"] == {"knowledge": {"questions": 8, "shots": 0, "score": "argmax over the letters"}}
     assert results["data"] == open_run(run).corpus.name
+    assert results["device"] == "cpu"
     assert set(results["versions"]) == {"torch", "numpy", "pillow"}
     assert results["provenance"]["training"] == provenance
     assert {"code", "commit", "torch"} <= set(results["provenance"]["evaluation"])
@@ -127,6 +130,7 @@ def test_one_benchmark_after_the_other_gives_the_same_files(run: Path) -> None:
         ("sampler.time_shift=2",),
         ("evaluation.images=4",),
         ("evaluation.questions=8",),
+        ("evaluation.caption_tokens=9",),
         ("step=10",),
     ],
 )
@@ -249,6 +253,46 @@ def test_a_corrupt_benchmark_fails_alone_and_is_tried_again(run: Path, assets: P
     assert read_results(evaluate_run(config(CLIP + "}"), run, quiet))["failed"] == {}
 
 
+@pytest.mark.parametrize("method", ["run", "protocol"])
+def test_an_error_that_nobody_foresaw_is_one_benchmarks_and_keeps_its_traceback(
+    run: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    def broken(*_: Any) -> Any:
+        return [EMBEDDED[5 + len(str(run))]]
+
+    whole = contents(evaluate_run(config(), run, quiet))
+    shutil.rmtree(run / "evaluation")
+    with monkeypatch.context() as patched:
+        patched.setattr(Reading, method, broken)
+        folder = evaluate_run(config(), run, quiet)
+    results = read_results(folder)
+    place = "suite.py" if method == "run" else "benchmarks.py"  # the last one of the package itself
+    assert list(results["failed"]) == ["reading"]
+    assert results["failed"]["reading"].startswith(f"IndexError: tuple index out of range ({place}:")
+    assert results["failed"]["reading"].endswith("; whole in errors/reading.txt")
+    assert "return [EMBEDDED[5 +" in (folder / "errors" / "reading.txt").read_text()
+    assert len(results["scores"]) == 7
+    again = evaluate_run(config(), run, quiet)
+    assert contents(again) == whole
+
+
+def test_what_is_left_out_is_counted_also_of_a_benchmark_that_fails(run: Path, assets: Path) -> None:
+    write_assets(assets, images=4)
+    captions = assets / "some.jsonl"
+    captions.write_text('{"caption": "red 7"}\n{"caption": 5}\n[\n')
+    more = CLIP + f", captions: {captions}}}"
+    (assets / "clip" / "open_clip_model.safetensors").write_bytes(b"cut")
+    results = read_results(evaluate_run(config(more), run, quiet))
+    assert list(results["failed"]) == ["clip_score"]
+    assert results["left_out"] == {"clip_score": 2}
+    assert [line.split(": ")[1] for line in results["problems"]] == ["line 2", "line 3"]
+    assert "left out: clip_score 2" in notes(results, {}, run)
+    write_clip(assets / "clip2", 1)
+    (assets / "clip2" / "open_clip_model.safetensors").replace(assets / "clip" / "open_clip_model.safetensors")
+    results = read_results(evaluate_run(config(more), run, quiet))
+    assert (results["failed"], results["left_out"]) == ({}, {"clip_score": 2})
+
+
 def test_without_its_corpus_a_run_is_asked_what_needs_none(run: Path, assets: Path, tmp_path: Path) -> None:
     write_assets(assets, images=4)
     corpus = open_run(run).corpus
@@ -298,6 +342,20 @@ def test_a_damaged_part_is_measured_again(run: Path) -> None:
 def test_an_evaluation_that_never_ended_has_no_results(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="no such results"):
         read_results(tmp_path)
+
+
+def test_judges_are_trained_with_a_line_and_only_where_images_are_judged(run: Path, tmp_path: Path) -> None:
+    corpus = open_run(run).corpus
+    shutil.copytree(corpus, tmp_path / "data" / corpus.name, ignore=shutil.ignore_patterns("scorers"))
+    elsewhere, said = f"data={tmp_path / 'data'}", list[str]()
+    folder = evaluate_run(config(elsewhere, "only=[reading]"), run, said.append)
+    assert said == ["   reading …"]
+    assert not (tmp_path / "data" / corpus.name / "scorers").exists()
+    assert "measuring generation trains them" in read_results(folder)["missing"]["generation"]
+    said.clear()
+    folder = evaluate_run(config(elsewhere, "only=[generation]"), run, said.append)
+    assert said == ["   the judges of images (tiny) are trained, once a corpus …", "   generation …"]
+    assert "embedded_acc" in read_results(folder)["scores"]
 
 
 def test_two_of_the_same_benchmark_are_refused() -> None:

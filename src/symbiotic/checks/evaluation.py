@@ -23,7 +23,7 @@ _OF_RUNS = ("factors", "report", "evaluate")
 def check_benchmarks(evaluation: Evaluation) -> None:
     """Raises ConfigError."""
     at_least(evaluation, "evaluation.", 0, "every")
-    at_least(evaluation, "evaluation.", 1, "questions readings images batch_size")
+    at_least(evaluation, "evaluation.", 1, "questions readings images batch_size caption_tokens")
     positive(evaluation, "evaluation.", "quick")
     share(evaluation, "evaluation.", "quick")
 

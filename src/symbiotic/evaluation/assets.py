@@ -7,6 +7,7 @@ places). One that is not there is a `MissingAsset`: a row of the report, never a
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import os
 from functools import cache
@@ -63,6 +64,18 @@ def package(name: str, extra: str) -> None:
     """Raises MissingAsset: a package is not installed; `extra` of ours brings it."""
     if importlib.util.find_spec(name) is None:
         raise MissingAsset(f"the package {name} is not installed; pip install 'symbiotic[{extra}]'")
+
+
+def versions(*libraries: str) -> dict[str, str]:
+    """The versions of libraries that decide scores, by their names on PyPI; they belong to a protocol.
+
+    Raises:
+        MissingAsset: one is not installed.
+    """
+    try:
+        return {name: importlib.metadata.version(name) for name in libraries}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MissingAsset(f"the package {error.name} is not installed; pip install 'symbiotic[eval]'") from error
 
 
 def content_hash(path: str | Path) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
@@ -48,6 +48,10 @@ class Benchmark(abc.ABC):
 
     name: ClassVar[str]
     needs_latents: ClassVar[bool] = False
+
+    def prepare(self, say: Callable[[str], None]) -> None:  # noqa: B027
+        """Make what the protocol rests on, where that is not an asset; only of benchmarks that are to be measured. say:
+        gets a line before what takes long."""
 
     def protocol(self) -> Mapping[str, Any]:
         """What decides the values beside the model and the `Context`: settings, and the files by a hash of what they

@@ -14,7 +14,6 @@ benchmark on it has the same captions at the same places.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,10 +28,12 @@ from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.assets import content_hash, digest
 from symbiotic.evaluation.context import Context, Gallery
 from symbiotic.evaluation.images import load_image
-from symbiotic.evaluation.tables import halved
+from symbiotic.evaluation.tables import halved, parse_json
 
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ".json, .jsonl, .txt"
+NO_NUMBER = (KeyError, TypeError, ValueError, OverflowError)
+"""What `int(row[key])` raises, of infinity too."""
 CAPTIONS_FROM = "COCO's annotations are published at cocodataset.org (annotations_trainval2014, val2014)"
 
 
@@ -75,6 +76,14 @@ def read_caption_list(path: str | Path, images: str | Path | None = None) -> tup
     return items, problems
 
 
+def available(path: Path, limit: int) -> int:
+    """How many captions of a file there are, at most `limit`; 0 where it cannot be used."""
+    try:
+        return min(limit, len(read_caption_list(path)[0]))
+    except DataError:
+        return 0
+
+
 def images_beside(path: Path) -> Path:
     """`val2014` beside COCO's `captions_val2014.json`, else the file's folder."""
     return path.parent / path.stem.removeprefix("captions_") if path.stem.startswith("captions_") else path.parent
@@ -95,7 +104,7 @@ def _items(path: Path, text: str, folder: Path) -> Iterator[tuple[str, Captioned
 
 def _json_items(path: Path, text: str, folder: Path) -> Iterator[tuple[str, Captioned | str]]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise DataError(f"{path}: not a JSON file: {error}") from error
     if isinstance(content, list):
@@ -119,7 +128,7 @@ def coco_captions(
     for i, row in enumerate(annotations):
         try:
             number, owner, caption = int(row["id"]), int(row["image_id"]), row["caption"]
-        except (KeyError, TypeError, ValueError):
+        except NO_NUMBER:
             yield f"annotation {i}", "needs the numbers id and image_id, and caption"
             continue
         fault = _fault(caption)
@@ -131,7 +140,7 @@ def coco_captions(
     for i, row in enumerate(images):
         try:
             files[int(row["id"])] = row["file_name"]
-        except (KeyError, TypeError, ValueError):
+        except NO_NUMBER:
             yield f"image {i}", "needs the number id, and file_name"
     for image in sorted(files, key=lambda number: hashlib.sha256(str(number).encode()).hexdigest()):
         if image in captions:
@@ -142,7 +151,7 @@ def coco_captions(
 
 def _row(number: str, line: str, folder: Path) -> Captioned | str:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         return f"not JSON: {error}"
     if not isinstance(row, dict):
@@ -171,9 +180,18 @@ def _fault(caption: Any) -> str:
 # --------------------------------------------------------------------------- generated and real images
 
 
-def generated(model: nn.Module, context: Context, path: Path, captions: Sequence[str]) -> Gallery:
-    """One image per caption, shared by all benchmarks on this file."""
-    return context.gallery(model, f"{path.stem}-{content_hash(path)[:8]}", captions)
+def drawn(
+    model: nn.Module, context: Context, path: Path, items: Sequence[Captioned], limit: int
+) -> tuple[Gallery, list[Captioned]]:
+    """An image of each of the first `limit` captions of a file that is not too long, shared by all benchmarks on this
+    file; and these captions."""
+
+    def check(item: Captioned) -> None:
+        context.check_caption(f"{path.name}: item {item.id}", item.caption)
+
+    usable, _ = context.kept(context.chosen(items, limit), check)
+    name = f"{path.stem}-{content_hash(path)[:8]}"
+    return context.gallery(model, name, [item.caption for item in usable]), usable
 
 
 def image_files(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ left out. The image is the reference: what the caption describes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.images import load_image
-from symbiotic.evaluation.tables import halved
+from symbiotic.evaluation.tables import halved, parse_json
 
 ATTRIBUTES = ("digit", "foreground", "background", "layout")
 
@@ -72,7 +71,7 @@ def image_size(folder: str | Path, otherwise: tuple[int, int] = (20, 20)) -> tup
 
 def _caption(number: int, line: bytes, folder: Path) -> Caption:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
         values = tuple(row[name] for name in ATTRIBUTES)
         image = folder / "images" / f"{row['id']}.png"
         item = Caption(number, str(row["id"]), str(row["caption"]), bool(row["held_out"]), values, image)

@@ -16,9 +16,9 @@ from PIL import Image
 from torch import nn
 
 from symbiotic.data.errors import DataError
-from symbiotic.evaluation.assets import asset, at_least, content_hash
+from symbiotic.evaluation.assets import asset, at_least, content_hash, versions
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
-from symbiotic.evaluation.caption_lists import CAPTIONS_FROM, generated, read_caption_list
+from symbiotic.evaluation.caption_lists import CAPTIONS_FROM, available, drawn, read_caption_list
 from symbiotic.evaluation.context import Context
 
 OPENAI = "ViT-B-32-quickgelu"
@@ -68,7 +68,7 @@ class CLIPScore(Benchmark):
         return {
             **clip.protocol(),
             "captions": content_hash(captions),
-            "images": self.num_images,
+            "images": available(captions, self.num_images),
             "image_size": "of the run, scaled by the model's preprocessing",
             "score": "mean cosine, not clipped; x 100 as clip_score",
         }
@@ -77,15 +77,14 @@ class CLIPScore(Benchmark):
         path, files = self.files()
         items, problems = read_caption_list(path)
         context.problems += problems
-        captions = [item.caption for item in context.first(items, self.num_images)]
-        gallery = generated(model, context, path, captions)
+        gallery, chosen = drawn(model, context, path, items, self.num_images)
         clip = cache(lambda: load_clip(files, device_of(model)))
 
         def measure(some: Sequence[int]) -> list[Record]:
-            cosines = clip().cosines([gallery[i] for i in some], [captions[i] for i in some])
-            return [cosine_record(items[i].id, captions[i], c) for i, c in zip(some, cosines, strict=True)]
+            cosines = clip().cosines([gallery[i] for i in some], [chosen[i].caption for i in some])
+            return [cosine_record(chosen[i].id, chosen[i].caption, c) for i, c in zip(some, cosines, strict=True)]
 
-        cosine = mean([record["cosine"] for record in context.measured(self.name, range(len(captions)), measure)])
+        cosine = mean([record["cosine"] for record in context.measured(self.name, range(len(chosen)), measure)])
         yield "clip_score", cosine._replace(value=100 * cosine.value)
         yield "clip_cosine", cosine
 
@@ -107,7 +106,8 @@ class ClipFiles(NamedTuple):
         folder = self.architecture.removeprefix("local-dir:")
         local = folder != self.architecture
         name = f"{CONFIG} {content_hash(Path(folder) / CONFIG)}" if local else self.architecture
-        return {"model": name, "weights": content_hash(self.weights), "precision": "float32"}
+        code = versions("open_clip_torch", "torchvision")
+        return {"model": name, "weights": content_hash(self.weights), "precision": "float32", **code}
 
 
 def clip_files(weights: Path, architecture: str | None, otherwise: str) -> ClipFiles:

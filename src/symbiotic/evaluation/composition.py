@@ -14,7 +14,7 @@ remove `parts/{benchmark}.json` and `{benchmark}.jsonl` of the evaluation.
 from __future__ import annotations
 
 import abc
-import json
+import functools
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +28,7 @@ from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value
 from symbiotic.evaluation.caption_lists import files_hash
 from symbiotic.evaluation.context import Context, Gallery
+from symbiotic.evaluation.tables import parse_json
 
 MAX_NAME = 255
 """Bytes of a file name."""
@@ -84,7 +85,7 @@ class Composition(Benchmark):
             raise MissingAsset(f"{self.name}: its images go to the folder of an evaluation; src/eval.py has one")
         prompts, problems = self.read()
         context.problems += problems
-        prompts, _ = context.kept(context.first(prompts), check_text)
+        prompts, _ = context.kept(context.chosen(prompts), functools.partial(check_prompt, context))
         if not prompts:
             raise DataError("; ".join([f"{self.files()[0]}: no prompt in it", *context.problems[:1]]))
         gallery = context.gallery(model, self.name, [p.text for p in prompts for _ in range(self.images)])
@@ -106,12 +107,13 @@ class Composition(Benchmark):
         )
 
 
-def check_text(prompt: Prompt) -> None:
-    """Raises DataError: half of a character, which no image could carry in its text chunks."""
+def check_prompt(context: Context, prompt: Prompt) -> None:
+    """Raises DataError: half of a character, which no image could carry in its text chunks; too long."""
     try:
         prompt.text.encode()
     except UnicodeEncodeError as error:
         raise DataError(f"prompt {prompt.id}: {prompt.text!r}: not valid Unicode") from error
+    context.check_caption(f"prompt {prompt.id}", prompt.text)
 
 
 # --------------------------------------------------------------------------- files
@@ -156,7 +158,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, parse_json(line)
             except ValueError as error:
                 yield number, error
 

@@ -24,10 +24,11 @@ from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Record, batches, write_jsonl
 from symbiotic.evaluation.images import load_image, save_image
-from symbiotic.evaluation.prompts import pictures
+from symbiotic.evaluation.prompts import MAX_TOKENS, pictures
 from symbiotic.schema import Objective
 
 T = TypeVar("T")
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 @dataclass
@@ -36,8 +37,9 @@ class Context:
     Args:
         tokenizer, objective, size: of the run: its words, its sampler, the (height, width) of the images it draws.
         seed: draws the noise that images start from; nothing else is left to chance.
-        share: of each benchmark's items that are measured, from the first on; 1 but for quick looks while training.
+        share: of each benchmark's items that are measured, see `chosen`; 1 but for quick looks while training.
         folder: where records and images are kept; None: in memory.
+        caption_tokens: of a caption that an image is drawn from, at most.
         files: names in it that were made here: ledgers, and folders of images.
     """
 
@@ -48,14 +50,22 @@ class Context:
     batch_size: int = 96
     share: float = 1.0
     folder: Path | None = None
+    caption_tokens: int = MAX_TOKENS
     records: list[Record] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
 
-    def first(self, items: Sequence[T], limit: int | None = None) -> Sequence[T]:
-        """The items to measure: the first `limit`, and of these `share`, at least one."""
-        chosen = items[:limit]
-        return chosen[: max(1, math.ceil(len(chosen) * self.share))]
+    def chosen(self, items: Sequence[T], limit: int | None = None) -> Sequence[T]:
+        """The items to measure: the first `limit`, and of these `share`, at least one.
+
+        They lie evenly in the file, which may be sorted by subject or take turns (every other item would then be of one
+        kind): the multiples of the golden ratio spread evenly, and in step with no period.
+        """
+        among = items[:limit]
+        if self.share == 1:
+            return among
+        places = sorted(range(len(among)), key=lambda i: i * GOLDEN % 1)
+        return [among[i] for i in sorted(places[: math.ceil(len(among) * self.share)])]
 
     def kept(self, items: Sequence[T], prepare: Callable[[T], Any]) -> tuple[list[T], list[Any]]:
         """The items that can be prepared, and what they became; the others are named in `problems`."""
@@ -68,6 +78,12 @@ class Context:
             else:
                 usable.append(item)
         return usable, prepared
+
+    def check_caption(self, where: str, caption: str) -> None:
+        """Raises DataError: a caption that is too long to draw from."""
+        tokens = len(self.tokenizer.encode(caption))
+        if tokens > self.caption_tokens:
+            raise DataError(f"{where}: a caption of {tokens} tokens; evaluation.caption_tokens={self.caption_tokens}")
 
     def measured(
         self, benchmark: str, items: Sequence[T], measure: Callable[[Sequence[T]], Sequence[Record]]

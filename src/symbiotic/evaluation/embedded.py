@@ -22,7 +22,7 @@ from symbiotic.evaluation.benchmark import Benchmark
 from symbiotic.evaluation.captions import image_size
 from symbiotic.evaluation.embedded_pictures import FlowError, Pictures
 from symbiotic.evaluation.embedded_understanding import Knowledge, Reading
-from symbiotic.evaluation.scorers import Scorers, load_scorers
+from symbiotic.evaluation.scorers import Judges
 from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.schema import Evaluation, Objective
 
@@ -35,8 +35,8 @@ class EmbeddedEvaluation(Suite):
 
     Args:
         folder: what `EmbeddedData.prepare()` returned.
-        scorers: preset of the scorers (see `scorers.PRESETS`). They are loaded, or waited for, when the first image
-            is to be judged.
+        scorers: preset of the scorers (see `scorers.PRESETS`). They are loaded, waited for or trained when images are
+            to be judged.
         more: benchmarks that run behind the embedded ones.
     """
 
@@ -48,8 +48,7 @@ class EmbeddedEvaluation(Suite):
         scorers: str = "default",
         more: Sequence[Benchmark] = (),
     ) -> None:
-        self.folder, self.preset = Path(folder), scorers
-        self._scorers: Scorers | None = None
+        self.folder, judges = Path(folder), Judges(folder, scorers)
         knowledge, reading, generation = (
             self.folder / "benchmarks" / name for name in ("knowledge", "reading", "generation")
         )
@@ -57,14 +56,10 @@ class EmbeddedEvaluation(Suite):
             Knowledge(knowledge, cfg.questions),
             Reading(reading, cfg.readings),
             FlowError(generation, cfg.images),
-            Pictures(generation, cfg.images, self.judge),
+            Pictures(generation, cfg.images, judges),
         )
         tokenizer = Tokenizer.load(self.folder / "tokenizer.json")
         size = image_size(generation)
-        super().__init__((*embedded, *more), tokenizer, objective, size, cfg.batch_size, lambda: self.judge().accuracy)
-
-    def judge(self) -> Scorers:
-        """The scorers, loaded once; waits for the process that trains them, or trains them."""
-        if self._scorers is None:
-            self._scorers = load_scorers(self.folder, self.preset)
-        return self._scorers
+        accuracy = lambda: judges.load().accuracy  # noqa: E731
+        all_of_them = (*embedded, *more)
+        super().__init__(all_of_them, tokenizer, objective, size, cfg.batch_size, accuracy, cfg.caption_tokens)

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from symbiotic.evaluation.assets import versions
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
 from symbiotic.evaluation.captions import ATTRIBUTES, Caption, read_captions
 from symbiotic.evaluation.context import Context, Gallery
 from symbiotic.evaluation.frechet import frechet_value
 from symbiotic.evaluation.prompts import caption_samples, one_a_row
-from symbiotic.evaluation.scorers import Scorers
+from symbiotic.evaluation.scorers import Judges, Scorers
 from symbiotic.generation.images import start_noise
 from symbiotic.objectives.flow import data_from, noised
 
@@ -29,26 +30,29 @@ class Pictures(Benchmark):
     name = "generation"
     needs_latents = True
 
-    def __init__(self, folder: Path, images: int, judge: Callable[[], Scorers]) -> None:
-        self.folder, self.images, self.judge = folder, images, judge
+    def __init__(self, folder: Path, images: int, judges: Judges) -> None:
+        self.folder, self.images, self.judges = folder, images, judges
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        self.judges.load(say)
 
     def protocol(self) -> dict[str, object]:
-        return {"images": self.images, "judges": self.judge().key}
+        return {"images": self.images, "judges": self.judges.key(), **versions("open_clip_torch")}
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         captions, pixels = read_captions(self.folder, self.images, context.problems)
-        captions = list(context.first(captions))
         if not captions:
             yield from ((name, mean([])) for name in NAMES)
             return
+        captions, real = list(context.chosen(captions)), torch.from_numpy(np.stack(context.chosen(list(pixels))))
         numbers, texts = [c.number for c in captions], [c.caption for c in captions]
-        gallery, judge = context.gallery(model, "embedded", texts, numbers, size=pixels.shape[1:3]), self.judge()
+        gallery, judge = context.gallery(model, "embedded", texts, numbers, size=pixels.shape[1:3]), self.judges.load()
         numbered = list(enumerate(captions))
         records = context.measured(self.name, numbered, lambda some: judgements(judge, gallery, some))
         yield "embedded_acc", mean([r["correct"] for r in records])
         yield "embedded_acc_held_out", mean([r["correct"] for r in records if r["held_out"]])
         yield "embedded_clip", mean([r["cosine"] for r in records])
-        made, real = torch.from_numpy(gallery[:]), torch.from_numpy(pixels[: len(captions)])
+        made = torch.from_numpy(gallery[:])
         yield "embedded_fd", frechet_value(judge.features(made), judge.features(real))
 
 
@@ -84,7 +88,7 @@ class FlowError(Benchmark):
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
         captions, pixels = read_captions(self.folder, self.images, context.problems)
-        numbered = list(enumerate(context.first(captions)) if captions else ())
+        numbered = context.chosen(list(enumerate(captions)))
 
         def measure(some: Sequence[tuple[int, Caption]]) -> list[Record]:
             shown = [caption for _, caption in some]

@@ -35,7 +35,7 @@ class Knowledge(Benchmark):
         for half in ("replayed", "unreplayed"):
             questions, problems = read_mmlu(self.folder, "test", (half,))
             context.problems += problems
-            chosen = context.first(questions, self.per_half)
+            chosen = context.chosen(questions, self.per_half)
             measure = lambda some: answered(model, some, context.tokenizer)  # noqa: E731
             records = context.measured(f"knowledge_{half}", chosen, measure)
             yield f"knowledge_{half}", mean([record["correct"] for record in records])
@@ -79,7 +79,7 @@ class Reading(Benchmark):
         entries, problems = read_ocrbench(self.path)
         context.problems += problems
         limit = getattr(getattr(model, "cfg", None), "max_grid", None)
-        chosen = context.first(entries, self.readings)
+        chosen = context.chosen(entries, self.readings)
         usable, samples = context.kept(chosen, lambda entry: reading_sample(entry, context.tokenizer, limit))
 
         def measure(some: Sequence[tuple[Entry, Sample]]) -> list[Record]:

@@ -17,20 +17,20 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from symbiotic.evaluation.assets import asset, at_least, content_hash, package
-from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value, device_of
+from symbiotic.evaluation.assets import asset, at_least, content_hash, package, versions
+from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, device_of
 from symbiotic.evaluation.caption_lists import (
     CAPTIONS_FROM,
     Captioned,
+    drawn,
     files_hash,
-    generated,
     image_files,
     images_beside,
     load_real,
     read_caption_list,
     readable_images,
 )
-from symbiotic.evaluation.context import Context
+from symbiotic.evaluation.context import Context, Gallery
 from symbiotic.evaluation.fidelity import Extractor, Pixels, check_weights, compare, read_statistics
 
 INCEPTION = "inception-v3-compat"
@@ -49,6 +49,12 @@ class Reference(NamedTuple):
 
     def hash(self) -> str:
         return files_hash(self.files) if self.statistics is None else content_hash(self.statistics)
+
+
+def made(context: Context, gallery: Gallery, items: Sequence[Captioned], i: int) -> Record:
+    """What an image was generated from, and its file in the folder of the evaluation."""
+    file = str(gallery.path(i).relative_to(context.folder)) if context.folder else None
+    return {"id": items[i].id, "caption": items[i].caption, "seed": f"{context.seed}/{i}", "file": file}
 
 
 class FID(Benchmark):
@@ -144,6 +150,7 @@ class FID(Benchmark):
             "reference_hash": real.hash(),
             "reference_size": self.reference_size if real.statistics is None else None,
             "resamples": self.resamples,
+            **versions("torch-fidelity"),
         }
 
     def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
@@ -157,8 +164,8 @@ class FID(Benchmark):
         if statistics is None:
             usable, problems = readable_images(reference.files, self.reference_size)
             context.problems += problems
-        chosen = [item.caption for item in context.first(items, self.num_images)]
-        gallery = generated(model, context, captions, chosen)
+        gallery, chosen = drawn(model, context, captions, items, self.num_images)
+        context.measured(self.name, range(len(chosen)), lambda some: [made(context, gallery, chosen, i) for i in some])
         images = Pixels(len(usable), lambda i: load_real(usable[i], self.reference_size))
         possible = self.possible(len(gallery), None if statistics else len(usable), context.problems)
         found = compare(

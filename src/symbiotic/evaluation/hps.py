@@ -16,7 +16,7 @@ from torch import nn
 from symbiotic.data.errors import DataError
 from symbiotic.evaluation.assets import asset, at_least, content_hash
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
-from symbiotic.evaluation.caption_lists import Captioned, generated, read_caption_list
+from symbiotic.evaluation.caption_lists import Captioned, available, drawn, read_caption_list
 from symbiotic.evaluation.clip_score import ClipFiles, clip_files, cosine_record, load_clip
 from symbiotic.evaluation.context import Context
 from symbiotic.schema import ConfigError
@@ -79,7 +79,7 @@ class HPSv2(Benchmark):
             **files.protocol(),
             "version": self.version,
             "captions": {path.stem: content_hash(path) for path in lists},
-            "images": self.num_images,
+            "images": {path.stem: available(path, self.num_images) for path in lists},
             "image_size": "of the run, longest side scaled, padded with black",
             "score": "mean cosine",
         }
@@ -97,8 +97,7 @@ class HPSv2(Benchmark):
             context.problems += problems
             if not read:
                 continue
-            chosen = context.first(read, self.num_images)
-            images[path.stem] = generated(model, context, path, [item.caption for item in chosen])
+            images[path.stem], chosen = drawn(model, context, path, read, self.num_images)
             items += [(path.stem, i, item) for i, item in enumerate(chosen)]
         clip = cache(lambda: load_clip(files, device_of(model), PREPROCESSING))
 

@@ -25,7 +25,7 @@ from torch import nn
 from symbiotic.data.formats import reading_parts
 from symbiotic.data.packing import Sample, Text, build_sample
 from symbiotic.data.tokenizer import BOS, EOS, Tokenizer
-from symbiotic.evaluation.assets import content_hash, package
+from symbiotic.evaluation.assets import content_hash, versions
 from symbiotic.evaluation.benchmark import Record
 from symbiotic.evaluation.continuations import Continuation, continuation_scores
 from symbiotic.evaluation.prompts import answers
@@ -157,10 +157,7 @@ def task_facts(name: str) -> dict[str, str]:
     Raises:
         MissingAsset: the library is not installed.
     """
-    package("lm_eval", "eval")
-    from importlib.metadata import version
-
-    return {"task": content_hash(TASKS / f"{name}.yaml"), "lm_eval": version("lm-eval")}
+    return {"task": content_hash(TASKS / f"{name}.yaml"), **versions("lm-eval")}
 
 
 def run_task(name: str, documents: Sequence[Document], answering: Answering) -> dict[str, float]:

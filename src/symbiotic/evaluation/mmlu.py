@@ -86,9 +86,15 @@ def _name(path: Path) -> str:
 
 
 def _questions(path: Path) -> Iterator[Question | str]:
-    """The questions of a file, a line for each row that is none, and one for a file that cannot be read."""
+    """The questions of a file, a line for each row that is none, and one for a file without rows or that cannot be
+    read."""
+    empty = True
     try:
-        yield from _csv_questions(path) if path.suffix == ".csv" else _parquet_questions(path)
+        for item in _csv_questions(path) if path.suffix == ".csv" else _parquet_questions(path):
+            empty = False
+            yield item
+        if empty:
+            yield "no question in it"
     except MissingAsset:
         raise
     except DataError as error:

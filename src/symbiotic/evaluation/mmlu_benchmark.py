@@ -19,6 +19,7 @@ from symbiotic.evaluation.caption_lists import files_hash
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.lm_eval_adapter import Answering, Document, run_task, task_facts
 from symbiotic.evaluation.mmlu import LETTERS, Question, mmlu_files, read_mmlu
+from symbiotic.evaluation.prompts import MAX_TOKENS
 
 KEY = "evaluation.benchmarks.mmlu"
 MMLU_FROM = "the authors' archive of CSV files, or the parquet files of cais/mmlu"
@@ -41,25 +42,29 @@ CATEGORIES = {
     "social_sciences": _SOCIAL_SCIENCES.split(),
     "other": _OTHER.split(),
 }
+OFFICIAL_COUNTS = {"stem": 3153, "humanities": 4705, "social_sciences": 3077, "other": 3107}
+"""Questions of each category: 14,042."""
+OFFICIAL_SHOTS = 5
 
 
 class MMLU(Benchmark):
-    """`mmlu` (mean over all questions, 14,042 of them), `mmlu_macro` (mean over the subjects), `mmlu/stem` and the
-    other categories, `mmlu/{subject}`.
+    """`mmlu` (mean over all 14,042 questions), `mmlu_macro` (mean over the 57 subjects), `mmlu/stem` and the other
+    categories, `mmlu/{subject}`; of any other set of questions, or not behind five shots, `mmlu_share`,
+    `mmlu_share_macro`, `mmlu_share/stem` and so on, which nobody takes for them.
 
     Categories are those of lm-eval's mmlu (the authors' own script counts anatomy under other, not under STEM).
     A prompt has the first `shots` items of its subject's dev file; the answer is the letter of highest log-probability
-    among " A" to " D". A prompt that is too long loses shots, the last first, as in the authors' script.
+    among " A" to " D". A prompt that is too long loses shots, the last first, as in the authors' script, and stays
+    official.
 
     Args:
         folder: in one of the layouts of `read_mmlu`; null: `mmlu/` of the assets.
-        max_tokens: of a prompt with its answer. null: no limit (rotary positions know no last one), however far beyond
-            the lengths of the training that is.
+        max_tokens: of a prompt with its answer. null: no limit, however far beyond the lengths of the training that is.
     """
 
     name = "mmlu"
 
-    def __init__(self, folder: str | None = None, shots: int = 5, max_tokens: int | None = None) -> None:
+    def __init__(self, folder: str | None = None, shots: int = 5, max_tokens: int | None = MAX_TOKENS) -> None:
         at_least(KEY, 0, shots=shots)
         if max_tokens is not None:
             at_least(KEY, 1, max_tokens=max_tokens)
@@ -100,7 +105,7 @@ class MMLU(Benchmark):
         shots: dict[str, list[Question]] = {}
         for question in dev:
             shots.setdefault(question.subject, []).append(question)
-        chosen = context.first(questions)
+        chosen = context.chosen(questions)
         for subject in dict.fromkeys(question.subject for question in chosen):
             count = len(shots.get(subject, []))
             if count < self.shots:
@@ -118,7 +123,7 @@ class MMLU(Benchmark):
                 tokens = sum(map(len, answering.pair(prompt(shorter), " A")))
                 if tokens <= self.max_tokens:
                     kept.append(shorter)
-                    lost[len(shorter["shots"])] += shorter is not whole
+                    lost[len(shorter["shots"])] += shorter["lost"] > 0
                     break
             else:
                 problems.append(f"mmlu: {whole['id']}: {tokens} tokens without shots; max_tokens={self.max_tokens}")
@@ -133,7 +138,7 @@ def fewer_shots(whole: Document) -> Iterator[Document]:
     """The document, then with one shot less, down to none."""
     yield whole
     for count in range(len(whole["shots"]) - 1, -1, -1):
-        yield {**whole, "shots": whole["shots"][:count]}
+        yield {**whole, "shots": whole["shots"][:count], "lost": len(whole["shots"]) - count}
 
 
 def document(question: Question, shots: Sequence[Question]) -> Document:
@@ -142,6 +147,7 @@ def document(question: Question, shots: Sequence[Question]) -> Document:
         "subject": question.subject,
         **asked(question),
         "shots": [asked(shot) for shot in shots],
+        "lost": 0,
     }
 
 
@@ -168,6 +174,7 @@ def described(document: Document, prompt: str, log_probs: Sequence[float]) -> Re
         "id": document["id"],
         "subject": document["subject"],
         "shots": len(document["shots"]),
+        "lost": document["lost"],
         "prompt": hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16],
         "answer": LETTERS[document["answer"]],
         "prediction": LETTERS[chosen],
@@ -180,12 +187,16 @@ def scores(records: Sequence[Record]) -> Iterator[tuple[str, Value]]:
     subjects: dict[str, list[bool]] = {}
     for record in records:
         subjects.setdefault(record["subject"], []).append(record["correct"])
-    yield "mmlu", mean([record["correct"] for record in records])
+    categories = {
+        key: [right for name in names for right in subjects.get(name, [])] for key, names in CATEGORIES.items()
+    }
+    counts = {category: len(right) for category, right in categories.items()}
+    five = all(record["shots"] + record["lost"] == OFFICIAL_SHOTS for record in records)
+    official = counts == OFFICIAL_COUNTS and sum(counts.values()) == len(records) and five
+    name = "mmlu" if official else "mmlu_share"
+    yield name, mean([record["correct"] for record in records])
     means = [statistics.fmean(right) for right in subjects.values()]
-    yield "mmlu_macro", Value(mean(means).value, len(records))
-    for category, names in CATEGORIES.items():
-        of_category = [right for name in names for right in subjects.get(name, [])]
-        if of_category:
-            yield f"mmlu/{category}", mean(of_category)
-    for subject, right in subjects.items():
-        yield f"mmlu/{subject}", mean(right)
+    yield f"{name}_macro", Value(mean(means).value, len(records))
+    for part, right in {**categories, **subjects}.items():
+        if right:
+            yield f"{name}/{part}", mean(right)

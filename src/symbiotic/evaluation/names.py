@@ -51,6 +51,8 @@ OFFICIAL: dict[str, Metric] = {
     "wise": Metric("WISE", "generation", official=True),
     "mmlu": Metric("MMLU", "understanding", chance=0.25, official=True, share=True),
     "mmlu_macro": Metric("MMLU, mean over subjects", "understanding", chance=0.25, official=True),
+    "mmlu_share": Metric("MMLU, of another set or other shots", "understanding", chance=0.25, share=True),
+    "mmlu_share_macro": Metric("MMLU, of another set, mean over subjects", "understanding", chance=0.25),
     "ocrbench": Metric("OCRBench", "understanding", official=True, digits=0),
     "ocrbench_share": Metric("OCRBench, share of another set", "understanding", share=True),
     "ocrbench_v2": Metric("OCRBench v2", "understanding", official=True),

@@ -14,6 +14,7 @@ from __future__ import annotations
 import ast
 import base64
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.images import load_image
-from symbiotic.evaluation.tables import halved, parquet_rows, text_rows
+from symbiotic.evaluation.tables import halved, parquet_rows, parse_json, text_rows
 
 FORMULAS = "HME100k"
 FORMULA_TYPE = "Handwritten Mathematical Expression Recognition"
@@ -120,8 +121,8 @@ def read_json_list(path: Path) -> list[Any]:
     with readable_errors("read", path):
         raw = path.read_bytes()
     try:
-        rows = json.loads(raw)
-    except (ValueError, RecursionError) as error:  # JSONDecodeError, UnicodeDecodeError
+        rows = parse_json(raw)
+    except ValueError as error:
         raise DataError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a JSON list of entries, not {type(rows).__name__}")
@@ -232,10 +233,15 @@ def _decoded(text: str) -> bytes | str:
         return f"image {text[:20]!r}; must be base64, or the index of a row above"
 
 
+def is_number(value: Any) -> bool:
+    """A finite one; no truth value, which Python takes for a number."""
+    return type(value) is int or (isinstance(value, float) and math.isfinite(value))
+
+
 def _answers(given: Any) -> tuple[str, ...] | str:
     """The accepted answers; what is wrong with them, as a text."""
     listed = list(given) if isinstance(given, (list, tuple)) else [given]
-    answers = tuple(str(answer) for answer in listed if isinstance(answer, (str, int, float)))
+    answers = tuple(str(answer) for answer in listed if isinstance(answer, str) or is_number(answer))
     if len(answers) != len(listed) or not all(answer.strip() for answer in answers) or not answers:
-        return f"answers {given!r}; must be a text or a list of texts, none empty"
+        return f"answers {given!r}; must be a text, a number or a list of them, none empty"
     return answers

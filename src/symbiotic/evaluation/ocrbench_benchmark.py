@@ -29,13 +29,13 @@ from symbiotic.evaluation.ocrbench import (
     ocrbench_files,
     read_ocrbench,
 )
+from symbiotic.evaluation.prompts import MAX_TOKENS
 
 KEY = "evaluation.benchmarks.ocrbench"
 OCRBENCH_FROM = (
     "the authors' OCRBench.json and images, the parquet file of echo840/OCRBench, or VLMEvalKit's OCRBench.tsv"
 )
 MAX_NEW_TOKENS = 100
-MAX_TOKENS = 4096
 PATCH = 4
 """Pixels a side of the patches that are read, see `data.packing`."""
 
@@ -92,7 +92,7 @@ class OCRBench(Benchmark):
         def check(entry: Entry) -> None:
             check_length(entry, read(entry), context.tokenizer, MAX_NEW_TOKENS, self.max_tokens)
 
-        usable, _ = context.kept(context.first(entries), check)
+        usable, _ = context.kept(context.chosen(entries), check)
         answering = Answering(
             model,
             context.tokenizer,

@@ -11,7 +11,6 @@ with a `score` in [0, 1] added to each (some with `ignore`); `get_score.py` aver
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +25,9 @@ from symbiotic.data.packing import build_sample
 from symbiotic.evaluation.assets import asset, at_least, content_hash
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, mean
 from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.ocrbench import Entry, image_in, missing_keys, read_json_list
-from symbiotic.evaluation.ocrbench_benchmark import MAX_TOKENS, check_length, largest_side, readable
-from symbiotic.evaluation.prompts import answers
+from symbiotic.evaluation.ocrbench import Entry, image_in, is_number, missing_keys, read_json_list
+from symbiotic.evaluation.ocrbench_benchmark import check_length, largest_side, readable
+from symbiotic.evaluation.prompts import MAX_TOKENS, answers
 from symbiotic.evaluation.tables import halved
 
 KEY = "evaluation.benchmarks.ocrbench_v2"
@@ -122,11 +121,13 @@ class OCRBenchV2(Benchmark):
         def check(item: Item) -> None:
             check_length(item.image, pixels(item), context.tokenizer, self.max_new_tokens, self.max_tokens)
 
-        usable, _ = context.kept(context.first(items), check)
+        usable, _ = context.kept(context.chosen(items), check)
         records = context.measured(self.name, usable, measure)
         rows = [{**item.row, "predict": r["prediction"]} for item, r in zip(usable, records, strict=True)]
         results = export(rows, context.folder / "exports" / self.name)
-        yield from scores(read_results(results, rows))
+        scored, unscored = read_results(results, rows)
+        context.problems += unscored
+        yield from scores(scored)
 
 
 def described(item: Item, prediction: str) -> Record:
@@ -151,7 +152,7 @@ def read_ocrbench_v2(path: Path) -> tuple[list[Item], list[str]]:
 
 
 def _item(row: dict[str, Any], number: int, folder: Path) -> Item | str:
-    if row["type"] not in GROUP_OF:
+    if not isinstance(row["type"], str) or row["type"] not in GROUP_OF:
         return f"type {row['type']!r} is none of OCRBench v2"
     if not isinstance(row["question"], str) or not isinstance(row["image_path"], str):
         return "question and image_path must be texts"
@@ -172,8 +173,9 @@ def export(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path:
     return folder / "results.json"
 
 
-def read_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The scored entries.
+def read_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:
+    """The scored entries, and a line for each that eval.py leaves without a score: it forgets that of an empty
+    prediction of `full-page OCR en`.
 
     Args:
         rows: the predictions that must have been scored.
@@ -187,13 +189,20 @@ def read_results(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[
     found = read_json_list(path)
     if len(found) != len(rows):
         raise DataError(f"{path}: {len(found)} entries; predictions.json beside it has {len(rows)}")
+    scored: list[Mapping[str, Any]] = []
+    problems: list[str] = []
     for number, (result, row) in enumerate(zip(found, rows, strict=True)):
         if not isinstance(result, dict) or any(result.get(key) != row[key] for key in ("type", "question", "predict")):
             raise DataError(f"{path}: entry {number}: not the result of the prediction in predictions.json beside it")
-        score = result.get("score")
-        if "ignore" not in result and not (isinstance(score, (int, float)) and math.isfinite(score)):
-            raise DataError(f"{path}: entry {number}: score {score!r}; must be a number")
-    return [result for result in found if "ignore" not in result]
+        if "ignore" in result:
+            continue
+        if "score" not in result and not row["predict"].strip():
+            problems.append(f"{path.name}: entry {number}: an empty prediction, which eval.py gave no score")
+        elif is_number(result.get("score")):
+            scored.append(result)
+        else:
+            raise DataError(f"{path}: entry {number}: score {result.get('score')!r}; must be a number")
+    return scored, problems
 
 
 def scores(results: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Value]]:

@@ -23,6 +23,9 @@ from symbiotic.schema import Objective
 
 MASK_PLACES = 2**25
 """Rows times squared width of a forward, at most: its attention mask takes so many bytes, its scores several times."""
+MAX_TOKENS = 4096
+"""Of an item, where nothing else is said. Rotary positions know no last one, so memory is the limit: two rows of this
+width, as an image with guidance takes, are MASK_PLACES. Five shots of any subject of MMLU are shorter."""
 
 
 def one_a_row(

@@ -17,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.evaluation.benchmark import MissingAsset
 from symbiotic.evaluation.scorer_networks import VALUES, Classifier, build_clip, clip_text, to_input
 from symbiotic.evaluation.scorer_training import Preset, train
 
@@ -160,11 +161,16 @@ def _locked(path: Path, timeout: float) -> Iterator[None]:
 # --------------------------------------------------------------------------- use
 
 
-def load_scorers(folder: str | Path, preset: str = "default", timeout: float = 900) -> Scorers:
+def load_scorers(
+    folder: str | Path,
+    preset: str = "default",
+    timeout: float = 900,
+    say: Callable[[str], None] = lambda line: None,
+) -> Scorers:
     """The scorers of a corpus folder: from the cache; else waited for, where another process trains them; else trained.
 
     Args:
-        timeout: seconds to wait for another process.
+        timeout: seconds to wait for another process. say: gets a line before the waiting or training.
 
     Raises:
         DataError: no corpus in the folder, unknown preset, no permission or space, or the other process takes longer.
@@ -173,6 +179,7 @@ def load_scorers(folder: str | Path, preset: str = "default", timeout: float = 9
     found = cache.load()
     if found is not None:
         return found
+    say(f"   the judges of images ({preset}) are trained, once a corpus …")
     with readable_errors("write scorers", cache.weights.parent):
         cache.weights.parent.mkdir(exist_ok=True)
         with _locked(cache.lock, timeout):
@@ -183,6 +190,30 @@ def load_scorers(folder: str | Path, preset: str = "default", timeout: float = 9
     if found is None:
         raise DataError(f"{cache.weights}: written, but not readable")
     return found
+
+
+class Judges:
+    """The scorers of a corpus folder and a preset, loaded once and not before they are needed."""
+
+    def __init__(self, folder: str | Path, preset: str) -> None:
+        self.folder, self.preset = folder, preset
+        self._scorers: Scorers | None = None
+
+    def load(self, say: Callable[[str], None] = lambda line: None) -> Scorers:
+        """Waits for the process that trains them, or trains them."""
+        if self._scorers is None:
+            self._scorers = load_scorers(self.folder, self.preset, say=say)
+        return self._scorers
+
+    def key(self) -> str:
+        """Raises MissingAsset: nobody has trained them yet."""
+        if self._scorers is None:
+            self._scorers = Cache(self.folder, self.preset).load()
+        if self._scorers is None:
+            raise MissingAsset(
+                f"{self.folder}: no judges of images ({self.preset}) yet; measuring generation trains them"
+            )
+        return self._scorers.key
 
 
 def launch_scorers(folder: str | Path, preset: str = "default") -> subprocess.Popen[bytes] | None:

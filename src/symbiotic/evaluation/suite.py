@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,12 @@ from symbiotic.data.errors import DataError
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, measuring
 from symbiotic.evaluation.context import Context
-from symbiotic.schema import Objective
+from symbiotic.evaluation.prompts import MAX_TOKENS
+from symbiotic.schema import ConfigError, Objective
+
+ERRORS = "errors"
+"""Folder of the tracebacks, a file a benchmark."""
+PACKAGE = Path(__file__).resolve().parents[1]
 
 
 class Scores(dict[str, float]):
@@ -31,6 +38,8 @@ class Scores(dict[str, float]):
         """Benchmark -> the file that it lacks."""
         self.failed: dict[str, str] = {}
         """Benchmark -> why it could not be measured, though its files are there."""
+        self.tracebacks: dict[str, str] = {}
+        """Benchmark -> the whole error, of those in `failed` that nobody foresaw."""
         self.seconds: dict[str, float] = {}
         """Benchmark -> how long it took."""
         self.records: list[Record] = []
@@ -47,15 +56,50 @@ class Scores(dict[str, float]):
         """Samples behind each score."""
         return {name: value.n for name, value in self.values_of.items()}
 
+    @property
+    def unmeasured(self) -> tuple[dict[str, str], ...]:
+        """What is known of benchmarks without scores; all empty where each has its own."""
+        return self.missing, self.failed, self.tracebacks
+
     def add(self, benchmark: str, name: str, value: Value) -> None:
         self[name], self.values_of[name], self.benchmark[name] = value.value, value, benchmark
+
+    @contextmanager
+    def noting(self, benchmark: str) -> Iterator[None]:
+        """An error inside the block is that of one benchmark, which is then missing or failed; a key of the config that
+        is wrong is everybody's."""
+        try:
+            yield
+        except ConfigError:
+            raise
+        except MissingAsset as error:
+            self.missing[benchmark] = str(error)
+        except DataError as error:
+            self.failed[benchmark] = str(error)
+        except Exception as error:
+            self.failed[benchmark] = f"{unforeseen(error)}; whole in {ERRORS}/{benchmark}.txt"
+            self.tracebacks[benchmark] = traceback.format_exc()
+
+    def write_tracebacks(self, folder: Path) -> None:
+        for benchmark, text in self.tracebacks.items():
+            path = folder / ERRORS / f"{benchmark}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def unforeseen(error: Exception) -> str:
+    """Type, message and place of an error, in one line; the place is the last one in this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE)] or frames
+    message = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {message} ({Path(ours[-1].filename).name}:{ours[-1].lineno})"
 
 
 class Suite:
     """Benchmarks in the order in which they run.
 
     Args:
-        tokenizer, objective, size, batch_size: see `Context`.
+        tokenizer, objective, size, batch_size, caption_tokens: see `Context`.
         judges: the embedded scorers' own accuracies, asked for when images were judged.
     """
 
@@ -67,9 +111,11 @@ class Suite:
         size: tuple[int, int] = (20, 20),
         batch_size: int = 96,
         judges: Callable[[], Mapping[str, float]] = dict,
+        caption_tokens: int = MAX_TOKENS,
     ) -> None:
         self.benchmarks, self.tokenizer, self.objective = tuple(benchmarks), tokenizer, objective
         self.size, self.batch_size, self.judges = size, batch_size, judges
+        self.caption_tokens = caption_tokens
 
     def measurable(self, model: nn.Module) -> list[Benchmark]:
         """Those that the model can take: one without latents draws no images."""
@@ -83,21 +129,16 @@ class Suite:
         *,
         share: float = 1.0,
         folder: Path | None = None,
-        lenient: bool = False,
         say: Callable[[str], None] = lambda line: None,
     ) -> Scores:
-        """Measure the model; its train/eval modes and the global random state are as before afterwards.
+        """Measure the model; its train/eval modes and the global random state are as before afterwards. A benchmark
+        that cannot be measured costs the others nothing: see `Scores.noting`.
 
         Args:
             seed: draws the noise that the images start from; the rest has no chance in it.
             only: names of benchmarks; by default all. Those about images are left out for a model without latents.
             share, folder: see `Context`; with a folder, what was measured before is not measured again.
-            lenient: a benchmark whose files cannot be used goes to `failed`, and the others run. (One whose files are
-                not there goes to `missing` in any case.)
             say: gets a line when a benchmark begins.
-
-        Raises:
-            DataError: a benchmark whose files cannot be used, unless lenient.
         """
         scores = Scores()
         with measuring(model):
@@ -105,20 +146,20 @@ class Suite:
                 if only is not None and benchmark.name not in only:
                     continue
                 say(benchmark.name)
-                context = Context(self.tokenizer, self.objective, self.size, seed, self.batch_size, share, folder)
+                context = self.context(seed, share, folder)
                 start = time.perf_counter()
-                try:
+                with scores.noting(benchmark.name):
+                    benchmark.prepare(say)
                     self._measure(benchmark, model, context, scores)
-                except MissingAsset as error:
-                    scores.missing[benchmark.name] = str(error)
-                except DataError as error:
-                    if not lenient:
-                        raise
-                    scores.failed[benchmark.name] = str(error)
+                scores.problems += context.problems
                 scores.seconds[benchmark.name] = time.perf_counter() - start
         scores.problems[:] = dict.fromkeys(scores.problems)
         scores.judges.update(self.judges() if "embedded_acc" in scores else {})
         return scores
+
+    def context(self, seed: int, share: float, folder: Path | None) -> Context:
+        of_suite = {"size": self.size, "batch_size": self.batch_size, "caption_tokens": self.caption_tokens}
+        return Context(self.tokenizer, self.objective, seed=seed, share=share, folder=folder, **of_suite)
 
     def _measure(self, benchmark: Benchmark, model: nn.Module, context: Context, scores: Scores) -> None:
         scores.protocols[benchmark.name] = benchmark.protocol()
@@ -126,5 +167,4 @@ class Suite:
         for name, value in measured:
             scores.add(benchmark.name, name, value)
         scores.records += context.records
-        scores.problems += context.problems
         scores.files += dict.fromkeys(context.files)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -50,6 +51,18 @@ def _fault(fields: Sequence[str], columns: int) -> str:
     if len(fields) != columns:
         return f"{len(fields)} fields; must be {columns}"
     return "not UTF-8" if any(halved(field) for field in fields) else ""
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is none, not UTF-8, or nested so deeply that no file of a benchmark is.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def halved(text: str) -> bool:

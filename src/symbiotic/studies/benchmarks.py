@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,10 @@ from torch import nn
 
 from symbiotic.checks.evaluation import EMBEDDED
 from symbiotic.config import instantiate
-from symbiotic.data.errors import DataError
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
-from symbiotic.evaluation.suite import Suite
+from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation
 from symbiotic.trained import TOKENIZER, Trained
 
@@ -31,7 +30,8 @@ def make_suite(config: EvalConfig, trained: Trained) -> Suite:
         suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more)
     else:
         absent = [Absent(name, trained.corpus) for name in EMBEDDED]
-        suite = Suite([*absent, *more], trained.tokenizer, objective, batch_size=evaluation.batch_size)
+        limits = {"batch_size": evaluation.batch_size, "caption_tokens": evaluation.caption_tokens}
+        suite = Suite([*absent, *more], trained.tokenizer, objective, **limits)
     suite.size = trained.size
     return suite
 
@@ -76,15 +76,13 @@ def benchmark_names(evaluation: Evaluation, only: Sequence[str]) -> set[str]:
 
 
 def read_protocols(
-    suite: Suite, model: nn.Module
-) -> tuple[dict[str, Mapping[str, Any]], dict[str, str], dict[str, str]]:
-    """Benchmark -> its protocol; -> the file that it lacks; -> why its files cannot be used."""
-    protocols, missing, failed = {}, {}, {}
+    suite: Suite, model: nn.Module, asked: Collection[str] = (), say: Callable[[str], None] = print
+) -> Scores:
+    """The protocols of all benchmarks, and which have none; nothing is measured. asked: those that are to be."""
+    found = Scores()
     for benchmark in suite.measurable(model):
-        try:
-            protocols[benchmark.name] = benchmark.protocol()
-        except MissingAsset as error:
-            missing[benchmark.name] = str(error)
-        except DataError as error:
-            failed[benchmark.name] = str(error)
-    return protocols, missing, failed
+        with found.noting(benchmark.name):
+            if benchmark.name in asked:
+                benchmark.prepare(say)
+            found.protocols[benchmark.name] = benchmark.protocol()
+    return found

@@ -3,6 +3,7 @@
     results.json        scores, protocols, what is missing; written last, always the same bytes
     parts/NAME.json     what one finished benchmark gave; results.json is put together from them
     NAME.jsonl          records, one a line
+    errors/NAME.txt     the traceback of a benchmark that failed as nobody foresaw
     images/SET/*.png    generated images; grid.png shows the first of each set
     seconds.json        how long each benchmark took, where it was measured
 
@@ -24,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 from symbiotic.config import VOLATILE
+from symbiotic.evaluation.benchmark import device_of
 from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image
-from symbiotic.evaluation.suite import Scores, Suite
+from symbiotic.evaluation.suite import ERRORS, Scores, Suite
 from symbiotic.runs import (
     VERSIONS,
     digest,
@@ -48,6 +50,7 @@ CODE = ("models", "objectives", "generation", "data", "evaluation")
 """Sources that decide what a score is: scores of other code are measured again."""
 
 PACKAGES = ("torch", "numpy", "pillow")
+"""What all benchmarks rest on; the libraries of one are part of its protocol."""
 SIZES = ("questions", "readings", "images", "scorers")
 """Keys of `evaluation` that decide the embedded scores."""
 
@@ -68,7 +71,7 @@ def evaluate_run(config: EvalConfig, run: Path, say: Say = print) -> Path:
             cannot be used, is a line in the results.)
     """
     start = time.perf_counter()
-    session = open_session(config, run)
+    session = open_session(config, run, say)
     session.seconds["start-up"] = time.perf_counter() - start
     with locked(session.folder / LOCK):
         sweep(session.folder)
@@ -110,20 +113,25 @@ def sweep(folder: Path) -> None:
 
 @dataclass
 class Session:
-    """An opened run and its benchmarks. Those whose protocol cannot be read are in `missing` or `failed` already.
+    """An opened run and its benchmarks.
 
-    as_trained: whether the embedded scores compare with those of the training.
+    found: their protocols, and which cannot be measured, as far as it is known. as_trained: whether the embedded scores
+    compare with those of the training.
     """
 
     trained: Trained
     suite: Suite
     seed: int
     weights_hash: str
-    protocols: dict[str, Mapping[str, Any]]
-    missing: dict[str, str]
-    failed: dict[str, str]
+    found: Scores
     as_trained: bool
     seconds: dict[str, float] = field(default_factory=dict)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    """Of benchmarks that were tried and have no part."""
+
+    @property
+    def protocols(self) -> dict[str, Mapping[str, Any]]:
+        return self.found.protocols
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
@@ -133,6 +141,8 @@ class Session:
             "seed": self.seed,
             "sampler": asdict(self.suite.objective.sampler),
             "size": list(self.suite.size),
+            "caption_tokens": self.suite.caption_tokens,
+            "device": device_of(self.trained.model).type,
             "data": self.trained.corpus.name,
             "protocol": self.protocols,
             "evaluation_code": source_hash(*CODE),
@@ -161,12 +171,14 @@ class Session:
     def measure(self, name: str, say: Say) -> None:
         """Run one benchmark; what it gave becomes its part. One that fails has a line in `failed`."""
         scores = self.suite.run(
-            self.trained.model, self.seed, only=[name], folder=self.folder, lenient=True, say=lambda n: say(f"   {n} …")
+            self.trained.model, self.seed, only=[name], folder=self.folder, say=lambda n: say(f"   {n} …")
         )
         self.seconds |= scores.seconds
-        self.missing |= scores.missing
-        self.failed |= scores.failed
-        if name in scores.protocols and name not in {**scores.missing, **scores.failed}:
+        for mine, new in zip(self.found.unmeasured, scores.unmeasured, strict=True):
+            mine.update(new)
+        if any(scores.unmeasured):
+            self.problems[name] = scores.problems
+        else:
             write_json(self.part(name), part(scores))
 
     def write(self) -> None:
@@ -176,6 +188,9 @@ class Session:
         grid = self.folder / "grid.png"
         if not grid.is_file():
             draw_images(self.folder / "images", grid)
+        for name in parts:
+            (self.folder / ERRORS / f"{name}.txt").unlink(missing_ok=True)
+        self.found.write_tracebacks(self.folder)
         if set(self.seconds) - {"start-up"}:
             write_json(self.folder / SECONDS, (read_json(self.folder / SECONDS) or {}) | rounded(self.seconds))
         known = read_json(self.folder / RESULTS) or {}
@@ -188,6 +203,7 @@ class Session:
     def results(self, parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         trained = self.trained
         summary = read_json(trained.folder / "summary.json") or {}
+        problems = {name: found["problems"] for name, found in parts.items()} | self.problems
         facts = {key: value for key, value in self.identity.items() if key != "protocol"}
         return {
             "run": trained.folder.name,
@@ -199,9 +215,10 @@ class Session:
             "protocol": {name: self.protocols[name] for name in parts},
             "scores": {name: score for found in parts.values() for name, score in found["scores"].items()},
             "judges": next((found["judges"] for found in parts.values() if found["judges"]), {}),
-            "missing": {name: line for name, line in self.missing.items() if name not in parts},
-            "failed": {name: line for name, line in self.failed.items() if name not in parts},
-            "problems": list(dict.fromkeys(line for found in parts.values() for line in found["problems"])),
+            "missing": {name: line for name, line in self.found.missing.items() if name not in parts},
+            "failed": {name: line for name, line in self.found.failed.items() if name not in parts},
+            "problems": list(dict.fromkeys(line for lines in problems.values() for line in lines)),
+            "left_out": {name: len(lines) for name, lines in problems.items() if lines},
             "provenance": {
                 "config": config_hash(trained),
                 "parent": summary.get("parent"),
@@ -211,16 +228,17 @@ class Session:
         }
 
 
-def open_session(config: EvalConfig, run: Path) -> Session:
+def open_session(config: EvalConfig, run: Path, say: Say = print) -> Session:
     """Raises as `evaluate_run`."""
     trained = open_run(
         run, checkpoint=config.checkpoint, step=config.step, ema=config.ema, data=config.data, device=config.device
     )
     suite = make_suite(config, trained)
-    protocols, missing, failed = read_protocols(suite, trained.model)
+    asked = benchmark_names(config.evaluation, config.only)
+    found = read_protocols(suite, trained.model, asked, say)
     seed = trained.config.seed if config.seed is None else config.seed
     alike = as_trained(config.evaluation, suite, seed, trained)
-    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), protocols, missing, failed, alike)
+    return Session(trained, suite, seed, state_hash(trained.model.state_dict()), found, alike)
 
 
 def as_trained(evaluation: Evaluation, suite: Suite, seed: int, trained: Trained) -> bool:

@@ -172,6 +172,8 @@ def notes(results: Mapping[str, Any], seconds: Mapping[str, float], folder: Path
     """What was not measured, what could not be used, where the time went, where the files are."""
     lines = [f"not measured: {name}: {line}" for name, line in results["missing"].items()]
     lines += [f"FAILED: {name}: {line}" for name, line in results["failed"].items()]
+    if results["left_out"]:
+        lines.append("left out: " + "  ".join(f"{name} {count}" for name, count in results["left_out"].items()))
     lines += [f"left out: {line}" for line in results["problems"][:SHOWN]]
     if len(results["problems"]) > SHOWN:
         lines.append(f"left out: {len(results['problems']) - SHOWN} more; see results.json")

@@ -145,15 +145,15 @@ class Run:
         step = self.last if step is None else step
         if not metric(name).share:
             return {}
-        wanted, held_out = RECORDS.get(name, name.split("/")[0]), name.endswith("_held_out")
-        subject = name.split("/", 1)[1] if "/" in name else None
+        base, _, subject = name.partition("/")
+        wanted, held_out = RECORDS.get(base, base), name.endswith("_held_out")
         if self.evaluation is not None and self.evaluated(name, step):
             path = self.evaluation / f"{wanted}.jsonl"
         else:
             path = self.folder / "predictions" / f"step={step:06d}.jsonl"
         records = whole_lines(path) if path.is_file() else ()
         mine = (r for r in records if r.get("benchmark") == wanted and (r.get("held_out") or not held_out))
-        return {str(r["id"]): float(r["correct"]) for r in mine if subject in (None, r.get("subject"))}
+        return {str(r["id"]): float(r["correct"]) for r in mine if subject in ("", r.get("subject"))}
 
 
 def anchored_by_training(results: Mapping[str, Any], benchmark: str) -> bool:
@@ -161,7 +161,10 @@ def anchored_by_training(results: Mapping[str, Any], benchmark: str) -> bool:
     return benchmark in EMBEDDED and bool(results.get("as_trained"))
 
 
-RECORDS = {"embedded_acc": "generation", "embedded_acc_held_out": "generation", "ocrbench_share": "ocrbench"}
+RECORDS = {
+    **{"embedded_acc": "generation", "embedded_acc_held_out": "generation"},
+    **{"mmlu_share": "mmlu", "ocrbench_share": "ocrbench"},
+}
 """Score -> the benchmark that its records name, where that is not the score's own name."""
 
 
