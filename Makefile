@@ -10,12 +10,13 @@ ARGS ?=
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
+NOTEBOOKS := $(VENV)/.notebooks
 
 # One thread a process: the models are small, and processes side by side use the cores better.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval test test-slow test-browser bench golden check format clean
+.PHONY: help setup train eval test test-slow test-browser notebooks bench golden check format clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +46,13 @@ test-browser: $(BROWSER) ## open the HTML reports in a headless Chromium from De
 
 $(BROWSER): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[browser]'
+	@touch $@
+
+notebooks: $(NOTEBOOKS) ## execute the notebooks, one after the other, on one core; what they show is left in build/notebooks
+	$(BIN)/python notebooks/execute.py $(ARGS)
+
+$(NOTEBOOKS): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[notebooks]'
 	@touch $@
 
 bench: $(STAMP) ## what the monitors cost, as a ratio (minutes; needs an idle machine)
