@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from symbiotic.checks.values import TRAINER_KEYS
 from symbiotic.config import CONF, Composer, _ablated, instantiate, run_name, save_config
 from symbiotic.convert.split import assign, split_state
-from symbiotic.launch import Failure, check_members, members, prepare
+from symbiotic.launch import Failure, check_members, members, prepare_runs
 from symbiotic.layout import experts_seen, kinds_of, parameter_names, parent_system, pool_sizes, shield_kinds
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.schema import KINDS, PARENT, Config, ConfigError, parse
@@ -38,7 +38,9 @@ NEEDS = {  # options that mean nothing alone
     "trainer=ddp": ["data.micro_batches=2"],
 }
 OPTIONS = [
-    f"{path.parent.name}={path.stem}" for path in FILES if path.parent != CONF and path.parent.name != "experiment"
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for path in FILES
+    if path.parent != CONF and path.parent.name != "experiment"
 ]
 
 
@@ -280,8 +282,8 @@ def test_a_study_can_ask_for_a_multirun(composer: Composer, tmp_path: Path) -> N
         ["seed=0", "study=seeds"],
         ["seed=1", "study=seeds"],
     ]
-    assert prepare(composer, overrides, multirun=False) is True
-    assert prepare(composer, [], multirun=False) is False
+    assert prepare_runs(composer, composer.composed(overrides, multirun=True), overrides, multirun=False) is True
+    assert prepare_runs(composer, composer.composed([], multirun=True), [], multirun=False) is False
 
 
 def test_a_failure_crosses_processes() -> None:

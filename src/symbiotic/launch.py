@@ -205,7 +205,7 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
         ConfigError: one of the runs is wrong.
     """
     master = composer.composed(overrides, multirun=True)
-    if master.hydra.runtime.choices.get("study") not in (None, "none"):
+    if isinstance(master.get("study"), DictConfig):
         from symbiotic.studies import study_command
 
         study, cells = study_command.plan(composer, master, overrides)

@@ -14,7 +14,20 @@ from symbiotic.studies.study import Study
 
 Compose = Callable[[Sequence[str]], Config]
 
-WHERE = ("hydra", "study", "threads", "paths", "trainer", "log_every", "save_every", "name", "logger", "metric", "data")
+WHERE = (
+    "hydra",
+    "study",
+    "dry_run",
+    "threads",
+    "paths",
+    "trainer",
+    "log_every",
+    "save_every",
+    "name",
+    "logger",
+    "metric",
+    "data",
+)
 """Top-level keys that may be set beside a study, as long as no run computes anything else by it."""
 
 
@@ -65,7 +78,7 @@ def cells_of(study: Study, extras: Sequence[str], compose: Compose, seeds: Seque
 
 def member_overrides(study: Study, arm: str, seed: int, extras: Sequence[str]) -> list[str]:
     escaped = arm.replace("\\", "\\\\").replace("'", "\\'")
-    return [*study.overrides(arm), *extras, f"seed={seed}", f"++study.member='{escaped}'"]
+    return [f"study={study.name}", *study.overrides(arm), *extras, f"seed={seed}", f"++study.member='{escaped}'"]
 
 
 def arm_config(study: Study, arm: str, extras: Sequence[str], compose: Compose) -> Config:

@@ -1,0 +1,139 @@
+"""`python src/train.py study=…` with real runs: from the first to the report, killed, resumed, in two processes."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from symbiotic.studies.results_file import FILE, read_rows
+
+SMALL = ["study=smoke", "++study.leave_out=[{rates: 'one rate'}]", "study.reference='one pool, two rates'", "seed=0"]
+"""Two arms, one seed."""
+
+
+def start(root: Path, arguments: list[str], project_root: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, **{f"SYMBIOTIC_{n.upper()}": str(root / n) for n in ("runs", "data", "cache")}}
+    command = [sys.executable, "src/train.py", *arguments]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=project_root, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+
+def finished(root: Path, arguments: list[str], project_root: Path) -> tuple[int, str]:
+    process = start(root, arguments, project_root)
+    out, _ = process.communicate()
+    return process.returncode, out
+
+
+def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None:
+    """SIGKILL to the study and nothing else: its workers must end by themselves."""
+    while process.poll() is None and not ready():
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+
+
+def test_a_study_that_is_killed_goes_on_and_ends_in_a_report(tmp_path: Path, project_root: Path) -> None:
+    folder = tmp_path / "runs" / "smoke"
+    process = start(tmp_path, SMALL, project_root)
+    kill_when(process, lambda: len(read_rows(folder / FILE)) == 1)
+    assert process.returncode == -signal.SIGKILL
+    first = read_rows(folder / FILE)
+    status, out = finished(tmp_path, SMALL, project_root)
+    assert status == 0, out
+    assert re.search(r"study smoke: 1 of 2 runs are there; to make: 1 runs, 0 parents: about [\d.]+ hours", out)
+    assert "run of two pools, two rates, seed 0: done" in out
+    rows = read_rows(folder / FILE)
+    assert rows[:1] == first
+    assert [row["arm"] for row in rows] == ["one pool, two rates", "two pools, two rates"]
+    report = (folder / "report" / "report.md").read_text()
+    assert "What each factor does" in report
+    assert "step" in (folder / rows[0]["run"] / "output.txt").read_text()
+    status, out = finished(tmp_path, SMALL, project_root)
+    assert (status, "to make: 0 runs" in out) == (0, True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["study=smoke", "rates.lr=1e-3"], "error: rates.lr=1e-3: a study says what its runs are"),
+        (["study=smoke", "seed=7"], "error: seed=7: must be one of study.seeds, [0, 1]"),
+        (["study=smoke", "seed=a"], "error: seed=a: must be whole numbers, as in seed=0,1"),
+        (["study=smoke", "study.factors=[system]"], "no declared factor"),
+        (["study=smoke", "trainer=ddp"], "changes arm one pool, one rate: data.micro_batches"),
+    ],
+)
+def test_a_wrong_study_is_one_line_and_nothing_starts(
+    arguments: list[str], line: str, tmp_path: Path, project_root: Path
+) -> None:
+    status, out = finished(tmp_path, arguments, project_root)
+    assert status == 2
+    assert line in out
+    assert "Traceback" not in out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_second_study_in_the_folder_is_refused_and_a_plan_costs_nothing(tmp_path: Path, project_root: Path) -> None:
+    import fcntl
+
+    status, out = finished(tmp_path, ["study=smoke", "dry_run=true"], project_root)
+    assert status == 0
+    assert "study smoke: 0 of 8 runs are there; to make: 8 runs, 2 parents" in out
+    assert not list(tmp_path.rglob("config.yaml"))
+    with (tmp_path / "runs" / "smoke" / ".claim").open("a+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        status, out = finished(tmp_path, ["study=smoke"], project_root)
+    assert status == 1
+    assert "is at work in this folder; wait for it, or stop it, to run the study" in out
+
+
+# --------------------------------------------------------------------------- minutes
+
+
+def summary(root: Path) -> dict[str, object]:
+    """What a study says: its report and its rows, but for dates and seconds."""
+    folder = root / "runs" / "smoke"
+    rows = [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in read_rows(folder / FILE)]
+    text = (folder / "report" / "report.md").read_text().replace(str(root), "")
+    text = re.sub(r"\d{4}-\d\d-\d\d", "DATE", text)
+    text = "\n".join(line for line in text.splitlines() if "seconds" not in line and "date" not in line)
+    figures = {path.name: path.read_bytes() for path in sorted((folder / "report" / "figures").glob("*.png"))}
+    return {"rows": sorted(rows, key=lambda row: row["run"]), "text": text, "figures": figures}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_at_five_random_moments_a_study_says_the_same(tmp_path: Path, project_root: Path) -> None:
+    """Two runs side by side; once it is one of the two workers that is killed, and the study goes on by itself."""
+    arguments = ["study=smoke", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    start_time = time.monotonic()
+    status, out = finished(whole, arguments, project_root)
+    assert status == 0, out
+    took, moments = time.monotonic() - start_time, random.Random(0)
+    for _ in range(5):
+        process = start(killed, arguments, project_root)
+        until = time.monotonic() + moments.uniform(0.1, 0.4) * took
+        kill_when(process, lambda until=until: time.monotonic() > until)  # type: ignore[misc]
+    process = start(killed, arguments, project_root)
+    while process.poll() is None and not (children := workers(process.pid)):
+        time.sleep(0.2)
+    if process.poll() is None:
+        os.kill(children[0], signal.SIGKILL)
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    assert summary(killed) == summary(whole)
+
+
+def workers(pid: int) -> list[int]:
+    """Processes of joblib that the study started."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "loky"], capture_output=True, text=True, check=False)
+    return [int(word) for word in found.stdout.split()]
