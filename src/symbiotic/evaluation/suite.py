@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,8 @@ class Suite:
         return scores
 
     def context(self, seed: int, share: float, folder: Path | None) -> Context:
-        of_suite = {"size": self.size, "batch_size": self.batch_size, "caption_tokens": self.caption_tokens}
-        return Context(self.tokenizer, self.objective, seed=seed, share=share, folder=folder, **of_suite)
+        context = Context(self.tokenizer, self.objective, self.size, seed, self.batch_size, share, folder)
+        return replace(context, caption_tokens=self.caption_tokens)
 
     def _measure(self, benchmark: Benchmark, model: nn.Module, context: Context, scores: Scores) -> None:
         scores.protocols[benchmark.name] = benchmark.protocol()

@@ -30,8 +30,8 @@ def make_suite(config: EvalConfig, trained: Trained) -> Suite:
         suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more)
     else:
         absent = [Absent(name, trained.corpus) for name in EMBEDDED]
-        limits = {"batch_size": evaluation.batch_size, "caption_tokens": evaluation.caption_tokens}
-        suite = Suite([*absent, *more], trained.tokenizer, objective, **limits)
+        suite = Suite([*absent, *more], trained.tokenizer, objective, batch_size=evaluation.batch_size)
+        suite.caption_tokens = evaluation.caption_tokens
     suite.size = trained.size
     return suite
 
