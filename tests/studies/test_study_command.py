@@ -68,7 +68,7 @@ def test_a_study_that_is_killed_goes_on_and_ends_in_a_report(tmp_path: Path, pro
         (["study=smoke", "seed=7"], "error: seed=7: must be one of study.seeds, [0, 1]"),
         (["study=smoke", "seed=a"], "error: seed=a: must be whole numbers, as in seed=0,1"),
         (["study=smoke", "study.factors=[system]"], "no declared factor"),
-        (["study=smoke", "trainer=ddp"], "changes arm one pool, one rate: data.micro_batches"),
+        (["study=smoke", "data.samples=8"], "changes arm one pool, one rate: data.samples is 8"),
     ],
 )
 def test_a_wrong_study_is_one_line_and_nothing_starts(
