@@ -16,7 +16,7 @@ NOTEBOOKS := $(VENV)/.notebooks
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval test test-slow test-browser notebooks bench golden check format clean
+.PHONY: help setup train eval study test test-slow test-browser notebooks bench golden check format clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,10 @@ train: $(STAMP) ## set up, then run the main job; more in ARGS, e.g. make train 
 
 eval: $(STAMP) ## audit, measure and report the runs below RUNS; e.g. make eval RUNS=runs/main_job STUDY=none ARGS="evaluation=embedded"
 	$(BIN)/python src/eval.py runs=$(RUNS) study=$(STUDY) $(ARGS)
+
+study: $(STAMP) ## run a study, what is left of it, and write its report; e.g. make study STUDY=systems PROCESSES=2 ARGS="seed=0"
+	@test "$(STUDY)" != none || { echo "error: STUDY is missing; one of: $$(cd conf/study && ls *.yaml | sed 's/.yaml//' | grep -v none | xargs)" >&2; exit 2; }
+	$(BIN)/python src/train.py study=$(STUDY) hydra/launcher=joblib hydra.launcher.n_jobs=$(PROCESSES) threads=1 $(ARGS)
 
 test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARGS
 	$(BIN)/python -m pytest -n $(PROCESSES) $(ARGS)

@@ -128,7 +128,7 @@ def looked(audit: Audit) -> list[ArmData]:
 
 def is_part(score: str) -> bool:
     """Of a benchmark: `mmlu/anatomy`."""
-    return "/" in score and score not in METRICS and not is_variant(score)
+    return "/" in score and score not in METRICS and not score.startswith(STEPS_TO) and not is_variant(score)
 
 
 def series(run: Run, name: str) -> Series:

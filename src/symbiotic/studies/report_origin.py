@@ -64,7 +64,7 @@ def provenance(study: StudyData, command: str) -> list[Block]:
     versions = study.runs[0].summary["provenance"]
     listed = {name: text for name, text in versions.items() if name not in ("code", "commit")}
     text = f"Versions of the training: {', '.join(f'{name} {version}' for name, version in listed.items())}."
-    caption = "Every run behind this report. Hashes: of the config, the package's sources, the corpus, the protocols."
+    caption = "Every run behind this report. Hashes: of config, computing sources, corpus, protocols."
     made_by: list[Block] = [Text(["This report was made by:"]), Code(command)] if command else []
     return [
         Text([text]),
