@@ -96,7 +96,7 @@ def test_effects_stand_in_the_report_with_their_intervals(text: str) -> None:
 def test_hypotheses_about_effects_have_verdicts(text: str) -> None:
     assert re.search(r"not supported.*two pools read better", text, re.IGNORECASE)
     assert re.search(r"supported.*two pools help more at two rates", text, re.IGNORECASE)
-    assert "reading, effect of partition: two pools −0.0033 [−0.0041, −0.0025], 3 seeds" in text
+    assert "reading, effect of partition: two pools −0.0033 [−0.0040, −0.0026], 3 seeds" in text
     assert "steps to flow error 0.9 of two pools, two rates against one pool, two rates +0.0 (the same in all" in text
 
 
