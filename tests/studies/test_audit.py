@@ -234,8 +234,11 @@ def test_what_follows_from_a_factor_is_no_difference_and_no_licence(
 
 
 def test_pools_of_another_size_do_not_follow_from_the_dial(runs: Path) -> None:
-    write_run(runs, "sneaky", 0, "system.pools={und: null, gen: 0.75}")
-    assert "system.pools.gen is 0.75, in other runs" in refused(runs, factors=["system.name", "mix", "model"])
+    apart = runs / "apart"
+    for seed in (0, 1):
+        write_run(apart, "symbiotic", seed)
+    write_run(apart, "sneaky", 0, "system.pools={und: null, gen: 0.75}")
+    assert "system.pools.gen is 0.75, in other runs" in refused(apart, factors=["system.name", "mix", "model"])
 
 
 def test_instruments_make_no_arm(runs: Path) -> None:

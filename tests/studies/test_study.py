@@ -76,7 +76,7 @@ def test_it_is_read() -> None:
         (
             "hypotheses/0/metric",
             "readings",
-            "metric=readings: no such score, nor routing/METRIC/KIND; did you mean 'rea",
+            "metric=readings: no such score, nor routing/METRIC/KIND or leak/all; did you mean 'rea",
         ),
         ("hypotheses/0/metric", "routing/capacity@1/words", "no such score, nor routing/METRIC/KIND"),
         ("hypotheses/0/expect", "better", "expect='better': must be one of higher, lower, equal"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
@@ -13,7 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 
+from symbiotic import launch
+from symbiotic.studies import study
 from symbiotic.studies.results_file import FILE, read_rows
 
 SMALL = ["study=smoke", "++study.leave_out=[{rates: 'one rate'}]", "study.reference='one pool, two rates'", "seed=0"]
@@ -61,38 +65,48 @@ def test_a_study_that_is_killed_goes_on_and_ends_in_a_report(tmp_path: Path, pro
     assert (status, "to make: 0 runs" in out) == (0, True)
 
 
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("runs", "data", "cache"):
+        monkeypatch.setenv(f"SYMBIOTIC_{name.upper()}", str(tmp_path / name))
+    study._composed.cache_clear()  # which knows the folders of the test before
+    return tmp_path
+
+
+def launched(*arguments: str) -> int:
+    """The same in this process: the exit status."""
+    return launch.launch(get_args_parser().parse_args(list(arguments)))
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["study=smoke", "rates.lr=1e-3"], "error: rates.lr=1e-3: a study says what its runs are"),
-        (["study=smoke", "seed=7"], "error: seed=7: must be one of study.seeds, [0, 1]"),
-        (["study=smoke", "seed=a"], "error: seed=a: must be whole numbers, as in seed=0,1"),
-        (["study=smoke", "study.factors=[system]"], "no declared factor"),
-        (["study=smoke", "data.samples=8"], "changes arm one pool, one rate: data.samples is 8"),
+        (["rates.lr=1e-3"], "error: rates.lr=1e-3: a study says what its runs are"),
+        (["seed=7"], "error: seed=7: must be one of study.seeds, [0, 1]"),
+        (["seed=a"], "error: seed=a: must be whole numbers, as in seed=0,1"),
+        (["study.factors=[system]"], "no declared factor"),
+        (["study.name=other"], "error: study.name=other: must be smoke, the name of its file"),
+        (["data.samples=8"], "changes arm one pool, one rate: data.samples is 8"),
     ],
 )
 def test_a_wrong_study_is_one_line_and_nothing_starts(
-    arguments: list[str], line: str, tmp_path: Path, project_root: Path
+    arguments: list[str], line: str, folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, out = finished(tmp_path, arguments, project_root)
-    assert status == 2
-    assert line in out
-    assert "Traceback" not in out
-    assert not list(tmp_path.iterdir())
+    assert launched("study=smoke", *arguments) == 2
+    assert line in capsys.readouterr().err
+    assert not list(folders.iterdir())
 
 
-def test_a_second_study_in_the_folder_is_refused_and_a_plan_costs_nothing(tmp_path: Path, project_root: Path) -> None:
-    import fcntl
-
-    status, out = finished(tmp_path, ["study=smoke", "dry_run=true"], project_root)
-    assert status == 0
-    assert "study smoke: 0 of 8 runs are there; to make: 8 runs, 2 parents" in out
-    assert not list(tmp_path.rglob("config.yaml"))
-    with (tmp_path / "runs" / "smoke" / ".claim").open("a+") as file:
+def test_a_second_study_in_the_folder_is_refused_and_a_plan_costs_nothing(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launched("study=smoke", "dry_run=true") == 0
+    assert "study smoke: 0 of 8 runs are there; to make: 8 runs, 2 parents" in capsys.readouterr().out
+    assert not list(folders.rglob("config.yaml"))
+    with (folders / "runs" / "smoke" / ".claim").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        status, out = finished(tmp_path, ["study=smoke"], project_root)
-    assert status == 1
-    assert "is at work in this folder; wait for it, or stop it, to run the study" in out
+        assert launched("study=smoke") == 1
+    assert "is at work in this folder; wait for it, or stop it, to run the study" in capsys.readouterr().err
 
 
 # --------------------------------------------------------------------------- minutes
