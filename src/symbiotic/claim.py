@@ -48,15 +48,6 @@ def claimed(folder: Path, what: str) -> Iterator[None]:
         file.truncate(0)
 
 
-@contextmanager
-def waiting(path: Path) -> Iterator[None]:
-    """One process at a time; a second one waits. The lock of a dead process is free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def owner(folder: Path) -> str | None:
     """Who is at work in a folder: `process 12 on HOST`; None where nobody is."""
     try:

@@ -22,7 +22,7 @@ from symbiotic.studies.plan import Cell, cells_of, forecast, with_seed
 from symbiotic.studies.results_file import FILE, read_rows
 from symbiotic.studies.runner import StudyRun
 from symbiotic.studies.study import Study, study_of
-from symbiotic.studies.watch import at, states
+from symbiotic.studies.watch import Watch, at, states
 
 NODE: dict[str, Any] = {
     "name": "tried",
@@ -261,3 +261,25 @@ def test_states_of_runs_are_scores_steps_or_reasons(cells: list[Cell], study: St
     assert at(cells[2].folder / "output.txt") == "joint 30/450"
     with claimed(cells[2].folder, "train there"):
         assert states(cells, folder, "reading")[cells[2].run] == "joint 30/450"
+
+
+def test_who_watches_sees_a_line_for_everything_that_ends(
+    cells: list[Cell], study: Study, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def act(cell: Cell) -> float:
+        if cell.arm == "standard":
+            raise ConfigError("a wrong key")
+        return finish(cell)
+
+    with Watch(cells, cells[0].folder.parent, "reading", processes=2).shown(every=0.01):
+        made_by(Launcher(cells, act), cells, study).run()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0] for line in lines] == [
+        "parent of symbiotic, seed 0: done",
+        "parent of symbiotic, seed 1: done",
+        "run of symbiotic, seed 0: done",
+        "run of standard, seed 0: refused: a wrong key",
+        "run of symbiotic, seed 1: done",
+        "run of standard, seed 1: refused: a wrong key",
+    ]
+    assert "2 of 4 runs, 0 at work, 0.00 hours so far" in lines[-1]

@@ -15,8 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from symbiotic.claim import waiting
-from symbiotic.runs import replace_with
+from symbiotic.runs import locked, replace_with
 from symbiotic.schema import RunError
 from symbiotic.studies.curves import Series
 from symbiotic.studies.runs_of import Run
@@ -83,7 +82,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     """Add the rows of runs that are not there yet; the file appears whole, also when processes write at once."""
-    with waiting(path.parent / f".{path.name}.lock"):
+    with locked(path.parent / f".{path.name}.lock"):
         known = read_rows(path)
         have = {row["run"] for row in known}
         new = [dict(row) for row in rows if row["run"] not in have]

@@ -63,23 +63,23 @@ def run(composer: Composer, master: DictConfig, study: Study, cells: Sequence[Ce
     """The exit status: 0 where every run of the study is there."""
     from symbiotic.studies import console
     from symbiotic.studies.runner import StudyRun
-    from symbiotic.studies.watch import states, table, watching
+    from symbiotic.studies.watch import Watch
 
     folder = cells[0].folder.parent
     processes = processes_of(master)
     launcher = launcher_of(composer, master, folder, job)
     made = StudyRun(study, cells, folder, launcher, processes)
-    score = cells[0].config.metric
+    watch = Watch(cells, folder, cells[0].config.metric, processes)
     try:
         with claimed(folder, "run the study"):
             made.prepare()
             print(announced(made, len(cells)), flush=True)
             if cells[0].config.dry_run:
-                console.show(table(cells, states(cells, folder, score), score))
+                console.show(watch.table())
                 return DONE
-            with watching(cells, folder, score, processes):
+            with watch.shown():
                 complete = made.run()
-            console.show(table(cells, states(cells, folder, score), score))
+            console.show(watch.table())
             print("\n".join(made.ending()), flush=True)
             summarise(study, folder)
             return DONE if complete else INCOMPLETE

@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,58 +72,53 @@ def line(cells: Sequence[Cell], folder: Path, processes: int | None) -> str:
     return text + (f"; about {duration(wall)} left" if wall else "")
 
 
-@contextlib.contextmanager
-def watching(
-    cells: Sequence[Cell], folder: Path, score: str, processes: int | None = 1, every: float = 2.0
-) -> Iterator[None]:
-    """A thread looks at the study's files, as runs may be made by any process: every `every` seconds."""
-    out, stop = Console(file=sys.stdout), threading.Event()
-    watch = live if out.is_terminal else plain
-    thread = threading.Thread(target=watch, args=(out, stop, cells, folder, score, processes, every), daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
+@dataclass(frozen=True)
+class Watch:
+    """A study as it is seen from its files, since its runs may be made by any process.
 
+    score: shown for runs that ended. processes: that run side by side, for the time that is left.
+    """
 
-def live(
-    out: Console,
-    stop: threading.Event,
-    cells: Sequence[Cell],
-    folder: Path,
-    score: str,
-    processes: int | None,
-    every: float,
-) -> None:
-    def picture() -> Group:
-        shown = table(cells, states(cells, folder, score), score)
-        return Group(shown, Text(line(cells, folder, processes)))
+    cells: Sequence[Cell]
+    folder: Path
+    score: str
+    processes: int | None = 1
 
-    with Live(picture(), console=out, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as display:
-        while not stop.wait(every):
+    def table(self) -> Any:
+        return table(self.cells, states(self.cells, self.folder, self.score), self.score)
+
+    def line(self) -> str:
+        return line(self.cells, self.folder, self.processes)
+
+    @contextlib.contextmanager
+    def shown(self, every: float = 2.0) -> Iterator[None]:
+        """A thread looks at the files every so many seconds: a live table on a terminal, else a line a run."""
+        out, stop = Console(file=sys.stdout), threading.Event()
+        watch = self._live if out.is_terminal else self._plain
+        thread = threading.Thread(target=watch, args=(out, stop, every), daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+    def _live(self, out: Console, stop: threading.Event, every: float) -> None:
+        def picture() -> Group:
+            return Group(self.table(), Text(self.line()))
+
+        with Live(picture(), console=out, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as display:
+            while not stop.wait(every):
+                display.update(picture(), refresh=True)
             display.update(picture(), refresh=True)
-        display.update(picture(), refresh=True)
 
-
-def plain(
-    out: Console,
-    stop: threading.Event,
-    cells: Sequence[Cell],
-    folder: Path,
-    score: str,
-    processes: int | None,
-    every: float,
-) -> None:
-    told = len(ledger.read(folder))
-    ended = False
-    while not ended:
-        ended = stop.wait(every)
-        for entry in (entries := ledger.read(folder))[told:]:
-            why = f": {entry.text}" if entry.text else ""
-            what = f"{entry.what} of {entry.arm}, seed {entry.seed}: {entry.status}{why}"
-            out.print(
-                f"{what} ({duration(entry.seconds)}); {line(cells, folder, processes)}", highlight=False, soft_wrap=True
-            )
-        told = len(entries)
+    def _plain(self, out: Console, stop: threading.Event, every: float) -> None:
+        told, ended = len(ledger.read(self.folder)), False
+        while not ended:
+            ended = stop.wait(every)
+            entries = ledger.read(self.folder)
+            for entry in entries[told:]:
+                why = f": {entry.text}" if entry.text else ""
+                what = f"{entry.what} of {entry.arm}, seed {entry.seed}: {entry.status}{why}"
+                out.print(f"{what} ({duration(entry.seconds)}); {self.line()}", highlight=False, soft_wrap=True)
+            told = len(entries)
