@@ -100,8 +100,10 @@ def test_a_wrong_study_is_one_line_and_nothing_starts(
 def test_a_second_study_in_the_folder_is_refused_and_a_plan_costs_nothing(
     folders: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert launched("study=smoke", "dry_run=true") == 0
-    assert "study smoke: 0 of 8 runs are there; to make: 8 runs, 2 parents" in capsys.readouterr().out
+    assert launched("study=smoke", "dry_run=true", "threads=1", "++study.budget_hours=2", "log_every=7") == 0
+    printed = capsys.readouterr().out
+    assert "study smoke: 0 of 8 runs are there; to make: 8 runs, 2 parents" in printed
+    assert "; budget 2 hours" in printed
     assert not list(folders.rglob("config.yaml"))
     with (folders / "runs" / "smoke" / ".claim").open("a+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

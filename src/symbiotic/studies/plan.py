@@ -86,7 +86,7 @@ def arm_config(study: Study, arm: str, extras: Sequence[str], compose: Compose) 
     declared = study.composed[arm]
     if all(override.lstrip("+~").startswith(("hydra", "study")) for override in extras):
         return parse(Config, declared)
-    config = compose([*study.overrides(arm), *extras])
+    config = compose([f"study={study.name}", *study.overrides(arm), *extras])
     own, keys = training_keys(plain(config)), training_keys(declared)
     for key in differing(own, keys):
         change = f"{key} is {text(own.get(key))} and declared as {text(keys.get(key))}"
