@@ -46,6 +46,7 @@ NODE: dict[str, Any] = {
         },
     ],
 }
+ROUTING = {"routing/capacity@1.25/vae": 0.8}
 BETTER = {
     "one pool, one rate": 0.0,
     "one pool, two rates": 0.02,
@@ -65,7 +66,9 @@ def folder(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("crossed")
     for cell in cells_of(study, [], lambda overrides: pytest.fail(f"composed {overrides}")):
         overrides = [o for o in study.overrides(cell.arm) if not o.startswith(("experiment=", "name="))]
-        made = write_run(root / "made", "x", cell.seed, overrides, BETTER[cell.arm], evaluated=False, provenance=MADE)
+        made = write_run(
+            root / "made", "x", cell.seed, overrides, BETTER[cell.arm], False, provenance=MADE, routing=ROUTING
+        )
         shutil.move(made, root / cell.run)
         row = results_file.row_of(read_run(root / cell.run), cell.arm, study.logged)
         results_file.add_rows(root / results_file.FILE, [row])
@@ -90,6 +93,7 @@ def test_effects_stand_in_the_report_with_their_intervals(text: str) -> None:
     assert "| 2 pairs |" in row
     assert "**−0.003**<br><sub>[−0.004, −0.003], Holm" in row
     both = next(line for line in section.splitlines() if line.startswith("| partition: two pools × rates: two rates |"))
+    assert "| capacity@1.25 ↑<br><sub>latents</sub> |" in section
     assert "| 1 quadruple | **+0.059**" in both  # ((.044 - .02) - (-.03 - 0)) * 1.1
 
 

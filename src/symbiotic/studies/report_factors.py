@@ -9,6 +9,7 @@ from typing import Any
 from symbiotic.evaluation.names import metric
 from symbiotic.studies import report_tables as tables
 from symbiotic.studies.attribution import Effect, effects
+from symbiotic.studies.curves import KIND_NAMES
 from symbiotic.studies.report_data import ArmData, StudyData
 from symbiotic.studies.report_document import Block, Cell, Column, Figure, Row, Section, Table, Text
 from symbiotic.studies.report_figures import SIZE, arrow, panel
@@ -43,7 +44,7 @@ def factor_blocks(study: StudyData) -> list[Block]:
             rows.setdefault((one.name, one.groups), {})[score] = one
     table = Table(
         f"Differences of arms that are equal in all other factors, averaged over such pairs within each seed{SEEDS}.",
-        [Column("effect"), Column("arms"), *(tables.score_column(score, ()) for score in scores)],
+        [Column("effect"), Column("arms"), *(column(score) for score in scores)],
         [effect_row(name, groups, one, scores) for (name, groups), one in rows.items()],
     )
     base = "; ".join(f"{factor}: {levels[0]}" for factor, levels in study.design.items())
@@ -53,6 +54,14 @@ def factor_blocks(study: StudyData) -> list[Block]:
         "for all effects on the same score."
     )
     return [table, Text([note])]
+
+
+def column(score: str) -> Column:
+    """`routing/capacity@1.25/vae`: capacity@1.25 of latents."""
+    if not score.startswith("routing/"):
+        return tables.score_column(score, ())
+    _, measure, kind = score.split("/")
+    return Column(f"{measure} {arrow('higher')}", KIND_NAMES.get(kind, kind))
 
 
 SEEDS = "; below it, the 95 % t interval over seeds"
