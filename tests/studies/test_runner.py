@@ -17,6 +17,7 @@ from symbiotic import runs
 from symbiotic.claim import claimed
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
 from symbiotic.studies import ledger
+from symbiotic.studies.evaluation_command import check_there
 from symbiotic.studies.member import OverBudget, run_member
 from symbiotic.studies.plan import Cell, cells_of, forecast, with_seed
 from symbiotic.studies.results_file import FILE, read_rows
@@ -132,6 +133,7 @@ def test_a_run_that_fails_is_begun_again_and_then_reported(cells: list[Cell], st
     assert [tries.count(cell.run) for cell in cells] == [1, 2, 1, 2]
     (line,) = made.ending()
     assert line.startswith("missing: standard, seed 1 (")
+    assert "RunError: the disk is full" in (cells[3].folder / "output.txt").read_text()
     assert line.endswith("failed: the disk is full")
 
 
@@ -283,3 +285,9 @@ def test_who_watches_sees_a_line_for_everything_that_ends(
         "run of standard, seed 1: refused: a wrong key",
     ]
     assert "2 of 4 runs, 0 at work, 0.00 hours so far" in lines[-1]
+
+
+def test_rows_without_folders_are_reported_and_not_measured(tmp_path: Path) -> None:
+    check_there([tmp_path])
+    with pytest.raises(RunError, match=r"r1, r2, r3 and 1 more: rows without their folders.*evaluate=false reports"):
+        check_there([tmp_path, *(tmp_path / f"r{i}" for i in range(1, 5))])

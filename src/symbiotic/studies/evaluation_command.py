@@ -94,7 +94,20 @@ def audited_runs(config: EvalConfig, root: Path) -> list[Path]:
     audit = audit_runs(root, read_study(config.study), config.factors)
     for problem in audit.problems:
         print(f"audit: {problem}", flush=True)
-    return [run.folder for arm in audit.arms for run in arm.runs]
+    runs = [run.folder for arm in audit.arms for run in arm.runs]
+    if config.evaluate:
+        check_there(runs)
+    return runs
+
+
+def check_there(runs: Sequence[Path]) -> None:
+    """Raises RunError: runs that are rows of a study's results here, and folders elsewhere."""
+    absent = [run.name for run in runs if not run.is_dir()]
+    if absent:
+        shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise RunError(
+            f"{shown}: rows without their folders, on which nothing can be measured; evaluate=false reports them"
+        )
 
 
 def evaluate(config: EvalConfig, runs: Sequence[Path]) -> list[str]:

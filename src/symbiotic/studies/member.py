@@ -7,6 +7,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def run_member(config: Config, run: Callable[[Config], float]) -> float:
         if budget is not None and spent >= budget:
             raise OverBudget(f"the study's budget is spent: {spent:.2f} of {budget:g} hours")
         with output_to(Path(config.run_dir) / OUTPUT):
-            value = run(config)
+            value = told(run, config)
         if not config.parent_only:
             add_row(config, folder)
     except BaseException as error:
@@ -44,6 +45,15 @@ def run_member(config: Config, run: Callable[[Config], float]) -> float:
         raise
     ledger.add(folder, entry(config, "done", start))
     return value
+
+
+def told(run: Callable[[Config], float], config: Config) -> float:
+    """A failure leaves its traceback in the run's output: the study shows its one line."""
+    try:
+        return run(config)
+    except BaseException:
+        traceback.print_exc()
+        raise
 
 
 def status_of(error: BaseException) -> ledger.Status:
