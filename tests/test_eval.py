@@ -346,6 +346,11 @@ def test_anchors_are_measured_like_the_end_they_are_held_against(
     assert found == {("stage 0", "anchor"): 4, ("iteration 0", "anchor"): 4, ("20", "evaluation"): 4}
     start = next(float(row["value"]) for row in rows if row["step"] == "iteration 0")
     assert start == anchors["iteration 0"]["reading"]["value"]
+    assert anchors["unmeasured"] == []
+    (one / "init.safetensors").unlink()
+    capsys.readouterr()
+    assert main([f"runs={runs}", SMOKE, only, "evaluation.readings=5"]) == 0
+    assert "anchor not measured: iteration 0: " in capsys.readouterr().out
 
 
 def test_runs_that_do_not_compare_cost_no_evaluation(

@@ -102,12 +102,14 @@ def test_lists_of_texts(tmp_path: Path) -> None:
         "{",
         "[1]",
         "[" * 10**5,
+        '{"caption": "d", "id": "\\ud800"}',
     ]
     (tmp_path / "c.jsonl").write_text("\n".join(rows))
     items, problems = read_caption_list(tmp_path / "c.jsonl")
     assert items == [Captioned("1", "a", tmp_path / "x/1.png"), Captioned("p7", "b")]
-    assert [line.split(":")[1] for line in problems] == [" line 3", " line 4", " line 5", " line 6"]
-    assert problems[-1] == "c.jsonl: line 6: not JSON: nested too deeply"
+    assert [line.split(":")[1] for line in problems] == [" line 3", " line 4", " line 5", " line 6", " line 7"]
+    assert problems[-1] == "c.jsonl: line 7: id '\\ud800' holds half a character"
+    assert problems[-2] == "c.jsonl: line 6: not JSON: nested too deeply"
 
 
 @pytest.mark.parametrize(

@@ -449,6 +449,7 @@ def test_a_seed_of_all_images_is_as_good_as_each_runs_own(runs: Path) -> None:
         ({"versions": {"torch": "1"}}, "(torch 1): other versions in the evaluation than the other 5 runs (torch 2)"),
         ({"protocol": {"reading": {"shots": 0, "files": "f2"}}}, "(files f2): other protocol of reading"),
         ({"scores": {"reading": {"value": 1, "n": 7}}}, "(7): other number of samples behind reading"),
+        ({"device": "cuda"}, "(cuda): other kind of device than the other 5 runs"),
     ],
 )
 def test_evaluations_that_do_not_mix_are_refused(runs: Path, change: dict[str, Any], line: str) -> None:
@@ -457,6 +458,16 @@ def test_evaluations_that_do_not_mix_are_refused(runs: Path, change: dict[str, A
     said = refused(runs, declared(), evaluated=evaluation)
     assert said.startswith(f"{runs / 'symbiotic-seed1'} ")
     assert line in said
+
+
+def test_what_one_evaluation_lacks_is_not_filled_up_from_the_training(runs: Path) -> None:
+    """Of other samples than the others' score: a benchmark failed in this run alone."""
+    evaluate_all(runs)
+    write_results(runs / "symbiotic-seed1", scores={}, protocol={})
+    audit = audit_runs(runs, declared(), evaluated=evaluation)
+    assert audit.arms[0].values("reading") == {0: 0.75}
+    assert audit.arms[0].values("flow_error") == {0: 1.0, 1: 1.0}  # which no evaluation measured
+    assert any("reading" in line and "seed 1" in line for line in audit.problems)
 
 
 def test_all_runs_are_evaluated_or_none(runs: Path) -> None:

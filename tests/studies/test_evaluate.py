@@ -358,6 +358,13 @@ def test_judges_are_trained_with_a_line_and_only_where_images_are_judged(run: Pa
     assert "embedded_acc" in read_results(folder)["scores"]
 
 
+def test_benchmarks_are_asked_for_by_key_or_by_name() -> None:
+    """Of HPSv2.1 they differ: the anchors ask by the names that the results hold."""
+    official = config("evaluation=official").evaluation
+    assert benchmark_names(official, ("hps_v2", "reading")) == benchmark_names(official, ("hps_v2.1", "reading"))
+    assert benchmark_names(official, ("hps_v2.1",)) == {"hps_v2.1"}
+
+
 def test_two_of_the_same_benchmark_are_refused() -> None:
     twice = config(CLIP + "}", CLIP.replace("clip_score=", "other=") + "}")
     with pytest.raises(ConfigError, match=r"benchmarks\.other: measures clip_score as evaluation\.benchmarks\.clip_sc"):

@@ -161,7 +161,7 @@ def _row(number: str, line: str, folder: Path) -> Captioned | str:
 
 
 def _captioned(number: str, caption: Any, image: Any = None, folder: Path = Path()) -> Captioned | str:
-    fault = _fault(caption)
+    fault = _fault(caption) or (f"id {number!r} holds half a character" if halved(number) else "")
     if fault:
         return fault
     if image is None:

@@ -126,6 +126,7 @@ class OCRBenchV2(Benchmark):
         rows = [{**item.row, "predict": r["prediction"]} for item, r in zip(usable, records, strict=True)]
         results = export(rows, context.folder / "exports" / self.name)
         scored, unscored = read_results(results, rows)
+        context.files.append(str(results.relative_to(context.folder)))
         context.problems += unscored
         yield from scores(scored)
 

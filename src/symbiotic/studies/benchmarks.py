@@ -70,9 +70,11 @@ def make_benchmarks(evaluation: Evaluation) -> dict[str, Benchmark]:
 
 
 def benchmark_names(evaluation: Evaluation, only: Sequence[str]) -> set[str]:
-    """Names of the benchmarks at these keys of the config, or of the embedded ones; of all where no key is given."""
-    names = {name: name for name in EMBEDDED} | {key: b.name for key, b in make_benchmarks(evaluation).items()}
-    return {names[key] for key in only if key in names} if only else set(names.values())
+    """Names of the benchmarks at these keys of the config, of the embedded ones, or of these names; of all where
+    nothing is given."""
+    keys = {name: name for name in EMBEDDED} | {key: b.name for key, b in make_benchmarks(evaluation).items()}
+    names = {name: name for name in keys.values()} | keys  # `hps_v2` is the key of `hps_v2.1`
+    return {names[word] for word in only if word in names} if only else set(keys.values())
 
 
 def read_protocols(

@@ -66,9 +66,10 @@ def report_of(
     factors: Sequence[str] | None = None,
     evaluation: EvalConfig | None = None,
     command: str = "",
+    trained: bool = False,
 ) -> list[Path]:
-    """`write_report` of a study that was read."""
-    audit = audit_runs(runs, study, factors, lambda run: evaluation_of(run, evaluation))
+    """`write_report` of a study that was read. trained: of the scores of the training, whatever was evaluated."""
+    audit = audit_runs(runs, study, factors, None if trained else lambda run: evaluation_of(run, evaluation))
     data = StudyData.of(audit)
     made = document(data, audit_blocks(audit), command, date_of(data))
     return write_files(data, made, folder)

@@ -59,6 +59,9 @@ class Run:
     scores: dict[int, dict[str, float | None]]
     results: Mapping[str, Any] = field(default_factory=dict)
     evaluation: Path | None = None
+    withheld: Collection[str] = ()
+    """Scores that other runs of the report were evaluated by and this one was not: what its training measured, maybe
+    on other samples, does not stand beside theirs."""
 
     @property
     def seed(self) -> int:
@@ -93,7 +96,7 @@ class Run:
         if evaluated and not anchored_by_training(self.results, evaluated["benchmark"]):
             return self.measured_anchors.get(anchor, {}).get(name, {})
         value = self.summary.get("anchors", {}).get(anchor, {}).get(name)
-        return {} if value is None else {"value": value, "n": self.summary["n"].get(name)}
+        return {} if _number(value) is None else {"value": value, "n": self.summary["n"].get(name)}
 
     def anchors(self, step: int | None = None) -> dict[str, dict[str, Measured]]:
         """`stage 0` and `iteration 0` -> every score that they have."""
@@ -116,6 +119,8 @@ class Run:
         evaluated = self.evaluated(name, step)
         if evaluated:
             return _number(evaluated["value"])
+        if name in self.withheld and step == self.last:
+            return None
         found = self.scores.get(step, {})
         return _number(found.get(name, self.summary["scores"].get(name) if step == self.last else None))
 

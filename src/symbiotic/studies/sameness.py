@@ -18,6 +18,8 @@ IDENTITY = {
     "sampler": "sampler",
     "size": "image size",
     "data": "corpus",
+    "device": "kind of device",
+    "caption_tokens": "longest caption",
 }
 """Keys of results.json that decide its scores, and what they are called."""
 
@@ -60,11 +62,16 @@ def attach_results(runs: Sequence[Run], evaluated: Callable[[Path], Path | None]
     without = [path.name for path, found in folders.items() if found is None]
     if without and len(without) < len(folders):
         line = f"not evaluated, while {len(folders) - len(without)} other runs are: {listed(without)}"
-        raise AuditError(f"{line}; src/eval.py runs=FOLDER evaluates all of them")
+        here = all(path.is_dir() for path, found in folders.items() if found is None)
+        right = "src/eval.py runs=FOLDER evaluates all of them" if here else "their folders are not here"
+        raise AuditError(f"{line}; {right}")
     for run in runs:
         found = folders[run.folder]
         if found is not None:
             run.results, run.evaluation = read_results(found), found
+    every = {name for run in runs for name in run.results.get("scores", {})}
+    for run in runs:
+        run.withheld = every - set(run.results.get("scores", {}))
 
 
 def check_results(runs: Sequence[Run]) -> None:

@@ -109,7 +109,7 @@ def summarise(study: Study, folder: Path) -> None:
     from symbiotic.studies.report import report_of
 
     try:
-        print("\n".join(map(str, report_of(study, folder, folder / "report"))), flush=True)
+        print("\n".join(map(str, report_of(study, folder, folder / "report", trained=True))), flush=True)
     except RunError as error:
         print(f"no report: {error}", flush=True)
 
