@@ -289,5 +289,5 @@ def test_who_watches_sees_a_line_for_everything_that_ends(
 
 def test_rows_without_folders_are_reported_and_not_measured(tmp_path: Path) -> None:
     check_there([tmp_path])
-    with pytest.raises(RunError, match=r"r1, r2, r3 and 1 more: rows without their folders.*evaluate=false reports"):
-        check_there([tmp_path, *(tmp_path / f"r{i}" for i in range(1, 5))])
+    with pytest.raises(RunError, match=r"r1, r2, r3, r4 and 1 more: rows without folders.*evaluate=false reports"):
+        check_there([tmp_path, *(tmp_path / f"r{i}" for i in range(1, 6))])

@@ -104,9 +104,10 @@ def check_there(runs: Sequence[Path]) -> None:
     """Raises RunError: runs that are rows of a study's results here, and folders elsewhere."""
     absent = [run.name for run in runs if not run.is_dir()]
     if absent:
-        shown = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        from symbiotic.studies.runs_of import listed
+
         raise RunError(
-            f"{shown}: rows without their folders, on which nothing can be measured; evaluate=false reports them"
+            f"{listed(absent)}: rows without folders, on which nothing can be measured; evaluate=false reports them"
         )
 
 
