@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
@@ -20,8 +21,24 @@ LETTERS = ("A", "B", "C", "D")
 _REMEMBERED = 4096  # texts
 
 
+class ImageCodes(Protocol):
+    """What turns generated images into codes and back (see `symbiotic.images`). patch: pixels along a code's side."""
+
+    codebook_size: int
+    patch: int
+
+    def encode(self, pixels: Any) -> Any: ...
+
+    def decode(self, codes: Any, height: int, width: int) -> Any: ...
+
+
 class Tokenizer:
-    """Text to token ids and back. Ids 0 to 7 are `SPECIALS`, in every tokenizer of this project."""
+    """Text to token ids and back. Ids 0 to 7 are `SPECIALS`, in every tokenizer of this project.
+
+    images: that of the generated images, where they are codes (objective autoregressive).
+    """
+
+    images: ImageCodes | None = None
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
