@@ -1,4 +1,4 @@
-"""The embedded image tokenizer and the codes of a corpus: trained and encoded once, cached, whole again when damaged."""
+"""The embedded image tokenizer and the codes of a corpus: made once, cached, written anew when damaged."""
 
 from __future__ import annotations
 
