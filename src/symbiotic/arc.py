@@ -31,6 +31,7 @@ from symbiotic.config import instantiate, save_config
 from symbiotic.convert.profile import expert_counts
 from symbiotic.convert.receipt import receipt
 from symbiotic.convert.split import assign, split_state
+from symbiotic.data.image_codes import ImageCodes, encode_corpus
 from symbiotic.data.loader import MicroBatches
 from symbiotic.data.plan import DataPlan
 from symbiotic.data.shards import ShardIndex
@@ -41,6 +42,7 @@ from symbiotic.evaluation.embedded import EmbeddedEvaluation, Scores
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
+from symbiotic.images.tokenizer import ImageTokenizer
 from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
 from symbiotic.models.unified import UnifiedModel, model_of
@@ -161,16 +163,16 @@ class Arc:
     def prepare_codes(self) -> None:
         """The image tokenizer, and the codes of the corpus's generated images, where the objective wants codes."""
         self.images: ImageTokenizer | None = None
-        self.codes: Mapping[int, Any] | None = None
+        self.codes: ImageCodes | None = None
         node = self.config.objective.image_tokenizer
-        if self.config.objective.name != "autoregressive" or self.config.parent_only:
+        if node is None or self.config.objective.name != "autoregressive" or self.config.parent_only:
             return
         source = instantiate(node, "objective.image_tokenizer")
         what = "train the image tokenizer, once, or find it, and make codes of the images"
         with self.journal.step("codes", source.fingerprint, what, self.cache):
             self.images = source.prepare(self.data, self.cache)
             check_codes(self.config, self.images)
-            self.codes = encode_corpus(self.images, self.data, self.index, self.cache)
+            self.codes = encode_corpus(self.images, self.data / "shards", self.index, self.cache)
         self.images.save(self.folder / IMAGE_TOKENIZER)
 
     def dataset(self, config: Config, generation: bool) -> MicroBatches:

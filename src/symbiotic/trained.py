@@ -15,6 +15,7 @@ import yaml
 from symbiotic.config import instantiate
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.captions import image_size
+from symbiotic.images.store import load_image_tokenizer
 from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.runs import load_state, read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse

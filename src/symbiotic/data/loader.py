@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from symbiotic.data.errors import DataError
 from symbiotic.data.formats import drop_caption, record_sample
-from symbiotic.data.packing import Array, Sample, collate, with_codes
+from symbiotic.data.image_codes import ImageCodes
+from symbiotic.data.packing import Sample, collate, with_codes
 from symbiotic.data.plan import DataPlan
 from symbiotic.data.shards import ShardReader
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.models.batch import Batch
 from symbiotic.schema import ConfigError
-
-NO_CODES = np.zeros(0, dtype=np.int64)
 
 
 class MicroBatches(Dataset[Batch]):
@@ -29,7 +28,7 @@ class MicroBatches(Dataset[Batch]):
         folder: the corpus folder, with `tokenizer.json` and `shards/`.
         plan: which samples are in which micro-batch.
         cache_bytes: decoded samples are kept up to this size (per worker process); beyond it they are read again.
-        codes: number of a sample with a generated image -> its codes [l], where images are codes.
+        codes: of the generated images, where images are codes.
     """
 
     def __init__(
@@ -37,7 +36,7 @@ class MicroBatches(Dataset[Batch]):
         folder: str | Path,
         plan: DataPlan,
         cache_bytes: int = 256 * 2**20,
-        codes: Mapping[int, Array] | None = None,
+        codes: ImageCodes | None = None,
     ) -> None:
         self.plan, self.codes = plan, codes
         self.tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
@@ -81,7 +80,7 @@ class MicroBatches(Dataset[Batch]):
             expected = index.num_tokens[number]
             raise DataError(f"{index.name(number)}: {len(sample)} tokens where the index says {expected}")
         if self.codes is not None:
-            sample = with_codes(sample, self.codes[number] if len(sample.latents) else NO_CODES)
+            sample = with_codes(sample, self.codes[number])
         if self._room >= sample.nbytes:
             self._room -= sample.nbytes
             self._cache[number] = sample

@@ -8,28 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from symbiotic.data.errors import DataError, readable_errors
+from symbiotic.images.tokenizer import ImageTokenizer
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<gen>", "<null>", "<unk>")
 PAD, BOS, EOS, IMAGE, IMAGE_END, GEN, NULL, UNK = range(len(SPECIALS))
 LETTERS = ("A", "B", "C", "D")
 _REMEMBERED = 4096  # texts
-
-
-class ImageCodes(Protocol):
-    """What turns generated images into codes and back (see `symbiotic.images`). patch: pixels along a code's side."""
-
-    codebook_size: int
-    patch: int
-
-    def encode(self, pixels: Any) -> Any: ...
-
-    def decode(self, codes: Any, height: int, width: int) -> Any: ...
 
 
 class Tokenizer:
@@ -38,7 +27,7 @@ class Tokenizer:
     images: that of the generated images, where they are codes (objective autoregressive).
     """
 
-    images: ImageCodes | None = None
+    images: ImageTokenizer | None = None
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner

@@ -18,13 +18,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from symbiotic.data.tokenizer import ImageCodes, Tokenizer
+from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Benchmark
 from symbiotic.evaluation.captions import image_size
 from symbiotic.evaluation.embedded_pictures import ERROR_OF, Pictures
 from symbiotic.evaluation.embedded_understanding import Knowledge, Reading
 from symbiotic.evaluation.scorers import Judges
 from symbiotic.evaluation.suite import Scores, Suite
+from symbiotic.images.tokenizer import ImageTokenizer
 from symbiotic.schema import Evaluation, Objective
 
 __all__ = ["EmbeddedEvaluation", "Scores"]
@@ -49,7 +50,7 @@ class EmbeddedEvaluation(Suite):
         objective: Objective,
         scorers: str = "default",
         more: Sequence[Benchmark] = (),
-        images: ImageCodes | None = None,
+        images: ImageTokenizer | None = None,
     ) -> None:
         self.folder, judges = Path(folder), Judges(folder, scorers)
         knowledge, reading, generation = (

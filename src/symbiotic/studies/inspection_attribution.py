@@ -40,7 +40,8 @@ Score = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Attribution:
-    """about: of what. values_N: what each token adds to the score. score, baseline: of the input and of what says nothing."""
+    """about: of what. values_N: what each token adds to the score. score, baseline: of the sequence, and of the same
+    saying nothing."""
 
     about: str
     values_N: Tensor

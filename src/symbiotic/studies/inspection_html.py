@@ -68,8 +68,8 @@ input + label { margin: 0 1rem 0 .2rem; }
 #v-changed:checked ~ * .same span { opacity: .15; }
 .words { margin: .4rem 0; line-height: 1.9; }
 :is(td, .map div, .token):focus { outline: 2px solid var(--ink); outline-offset: -1px; }
-:is(td, .map div, .token):focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0; z-index: 2;
-  padding: .6rem 1rem; white-space: pre-wrap; background: var(--panel); border-top: 2px solid var(--ink);
+:is(td, .map div, .token):focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0;
+  z-index: 2; padding: .6rem 1rem; white-space: pre-wrap; background: var(--panel); border-top: 2px solid var(--ink);
   font-size: .85rem; text-align: left; }
 """
 
@@ -111,7 +111,9 @@ def picture(inspection: Inspection) -> str:
     what = "The image that is read"
     if inspection.facts["task"] == "generation":
         origin = "that was given" if inspection.facts["image"] else "that the model draws"
-        what = f"The image {origin}; the forward below sees it at flow time {inspection.facts['time']:g}"
+        time = inspection.facts.get("time")
+        seen = "code by code" if time is None else f"at flow time {time:g}"
+        what = f"The image {origin}; the forward below sees it {seen}"
     source = f"data:image/png;base64,{data}"
     return f'<img class="picture" alt="{what}" src="{source}"><p class="dim">{what}.</p>'
 
