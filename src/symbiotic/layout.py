@@ -128,8 +128,8 @@ def parent_system(system: System, shared: bool | None = None) -> System:
     )
 
 
-def parameter_names(model: Model, system: System, latents: bool = True) -> list[str]:
-    """The names of all parameters of `UnifiedModel(model, system, latents)`, known without building it.
+def parameter_names(model: Model, system: System, latents: bool = True, codebook: int = 0) -> list[str]:
+    """The names of all parameters of `UnifiedModel(model, system, latents, codebook)`, known without building it.
 
     A test holds this list against the model's own. It is what roles are checked with before torch is imported.
     """
@@ -138,8 +138,9 @@ def parameter_names(model: Model, system: System, latents: bool = True) -> list[
         names += [f"blocks.{layer}.{name}" for name in _block_names(model, system, dense=layer in model.dense_layers)]
     names += [f"norm.{stream}.weight" for stream in system.streams]
     names += [] if model.tied_head else ["text_head.weight"]
-    latent = ["latent_in.weight", "latent_in.bias", "latent_grid.row.weight", "latent_grid.column.weight"]
-    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")]
+    patches = not codebook
+    latent = ["latent_in.weight", *["latent_in.bias"] * patches, "latent_grid.row.weight", "latent_grid.column.weight"]
+    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")] * patches
     return names + (latent + ["latent_head.weight", "latent_head.bias"] if latents else [])
 
 

@@ -118,9 +118,19 @@ def _generation(s: Setting, key: str) -> str | None:
     return None if any(name.startswith("t2i") for name in trained) else "the mix trains no generation samples"
 
 
+def _flow(s: Setting, key: str) -> str | None:
+    name = s.config.objective.name
+    return _generation(s, key) or (None if name == "flow" else f"objective={name} has no flow")
+
+
+def _codes(s: Setting, key: str) -> str | None:
+    name = s.config.objective.name
+    return _generation(s, key) or (None if name == "autoregressive" else f"objective={name} makes no image codes")
+
+
 def _role(s: Setting, key: str) -> str | None:
     role = key.split(".")[2]
-    names = parameter_names(s.config.model, s.config.system)
+    names = parameter_names(s.config.model, s.config.system, codebook=s.config.objective.codebook_size)
     if key.startswith("rates.by_role") and role not in s.config.rates.by_role:
         return None  # set to null: the rate `lr`
     assigned = assign_roles(names, s.config.rates.roles)
@@ -154,8 +164,16 @@ RULES: dict[str, Rule] = {
     "model.gated_shared": _shared,
     "model.dense_hidden": _dense,
     "init.stage0*": _stage0,
-    "objective.flow_weight": _generation,
-    "objective.time_*": _generation,
+    "objective.flow_weight": _flow,
+    "objective.prediction": _flow,
+    "objective.time_*": _flow,
+    "objective.sampler.steps": _flow,
+    "objective.sampler.time_shift": _flow,
+    "objective.image_ce_weight": _codes,
+    "objective.codebook_size": _codes,
+    "objective.image_tokenizer*": _codes,
+    "objective.sampler.temperature": _codes,
+    "objective.sampler.top_*": _codes,
     "objective.caption_dropout": _generation,
     "rates.by_role.*": _role,
     "rates.schedules.*": _role,

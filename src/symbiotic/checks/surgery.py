@@ -56,7 +56,8 @@ def _conflict(config: Config) -> str | None:
 
 def _parameters(config: Config) -> str | None:
     roles = config.surgery.roles
-    assigned = assign_roles(parameter_names(config.model, config.system), config.rates.roles)
+    names = parameter_names(config.model, config.system, codebook=config.objective.codebook_size)
+    assigned = assign_roles(names, config.rates.roles)
     if not roles or set(roles) & set(assigned.values()):
         return None
     return f"system={config.system.name} has no parameter of surgery.roles={plain(roles)}; name others, or none"

@@ -78,10 +78,11 @@ def report(source: EmbeddedVQ, data: Path, cache: Path, preset: str = "default")
 
 
 COLUMNS = {
-    "images": "5d", "mse": "8.5f", "psnr": "6.2f", "codes_used": "10.3f", "perplexity": "10.1f", "fd": "6.3f",
-    "right": "5.3f", "right_before": "12.3f", **dict.fromkeys(ATTRIBUTES, "10.3f"),
+    "images": (6, "d"), "mse": (8, ".5f"), "psnr": (6, ".2f"), "codes_used": (10, ".3f"), "perplexity": (10, ".1f"),
+    "codes_kept": (10, ".3f"), "fd": (6, ".3f"), "right": (6, ".3f"), "right_before": (12, ".3f"),
+    **dict.fromkeys(ATTRIBUTES, (10, ".3f")),
 }  # fmt: skip
-"""Of the printed table, with the format of each."""
+"""Of the printed table: width, and format of the values."""
 
 
 def lines(figures: Figures) -> Iterator[str]:
@@ -89,11 +90,9 @@ def lines(figures: Figures) -> Iterator[str]:
     made = figures["arguments"]
     yield f"{made['codebook_size']} codes of {made['patch']}x{made['patch']} pixels, {made['steps']} steps"
     yield f"trained in {figures['cpu_seconds']:.0f} s of CPU, {figures['seconds']:.0f} s on the clock"
-    yield " ".join(
-        [f"{'pictures':<13}", *(f"{name:>{int(f.split('.')[0].rstrip('d'))}}" for name, f in COLUMNS.items())]
-    )
+    yield " ".join(["pictures".ljust(13), *(name.rjust(width) for name, (width, _) in COLUMNS.items())])
     for name, row in figures["judged"].items():
-        yield " ".join([f"{name:<13}", *(format(row[column], f) for column, f in COLUMNS.items())])
+        yield " ".join([name.ljust(13), *(f"{row[key]:{width}{kind}}" for key, (width, kind) in COLUMNS.items())])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
