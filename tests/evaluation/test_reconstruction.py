@@ -86,5 +86,5 @@ def test_judges_read_reconstructions_as_they_read_originals(tmp_path: Path) -> N
     figures = report(EmbeddedVQ(), data, tmp_path / "cache")["judged"]
     for name, row in figures.items():
         assert row["right"] >= 0.95 * row["right_before"], name
-        assert row["psnr"] > 29, name
+        assert row["psnr"] > 27, name
     assert figures["held_out"]["codes_used"] > 0.95

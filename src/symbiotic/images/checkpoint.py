@@ -213,7 +213,7 @@ def _network(path: Path, layout: str, state: dict[str, Tensor]) -> Any:
             return VQModel.from_pretrained(path, local_files_only=True)
         with torch.random.fork_rng(devices=[]):
             network = VQModel(**arguments(state))
-        network.load_state_dict(state)
+        network.load_state_dict(state, assign=True)
         return network
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         what = " ".join(str(error).split())[:300]

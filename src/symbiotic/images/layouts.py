@@ -58,13 +58,13 @@ def own_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same weights under the names, and in the order of levels, of `diffusers.VQModel`."""
+    """The same weights, as float32, under the names and in the order of levels of `diffusers.VQModel`."""
     renamed = {}
     for name, value in state.items():
         for pattern, right in RENAMED:
             name = pattern.sub(right, name)
         is_linear = ".attentions." in name and value.ndim == 4  # there a 1x1 convolution, here a matrix
-        renamed[name] = value.flatten(1) if is_linear else value
+        renamed[name] = (value.flatten(1) if is_linear else value).float()
     levels = count(renamed, "decoder.up_blocks.{}.resnets.0.conv1.weight")
     if levels > 1 and "decoder.up_blocks.0.upsamplers.0.conv.weight" not in renamed:  # the finest level comes first
         return {_LEVEL.sub(lambda m: f"{m[1]}{levels - 1 - int(m[2])}", name): value for name, value in renamed.items()}
