@@ -43,6 +43,7 @@ from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
 from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
+from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import (
     Journal,
@@ -59,11 +60,11 @@ from symbiotic.runs import (
     write_json,
     write_text,
 )
-from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
+from symbiotic.schema import Config, ConfigError, Lora, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
 from symbiotic.trained import EMA as EMA_FILE
-from symbiotic.trained import FINAL, TOKENIZER
+from symbiotic.trained import FINAL, LORA, TOKENIZER
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 
@@ -85,7 +86,7 @@ def run(config: Config) -> float:
         ConfigError, DataError, RunError: what is wrong, in one line.
     """
     torch.set_num_threads(config.threads)
-    model = UnifiedModel(config.model, config.system).initialise(config.seed)
+    model = UnifiedModel(config.model, config.system).initialise(config.seed).adapt(config.lora, config.seed)
     roles = assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
     summary.show_plan(config, model, set(roles.values()))
     if config.dry_run:
@@ -261,7 +262,10 @@ class Arc:
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
             module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
-            save_state(self.folder / FINAL, module.model.state_dict())
+            state = module.model.state_dict()
+            save_state(self.folder / FINAL, state)
+            if config.lora.rank:
+                save_state(self.folder / LORA, {name: value for name, value in state.items() if is_lora(name)})
         with self.journal.step("evaluation", self.evaluation_key(), "evaluate the final model", self.folder / SCORES):
             if any(isinstance(callback, EMA) for callback in self.made.values()):
                 average = built(config, load_state(self.folder / EMA_FILE), latents=True)
@@ -355,6 +359,8 @@ def check_data(config: Config, folder: Path, index: ShardIndex) -> None:
 
 def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedModel:
     model = UnifiedModel(config.model, config.system, latents)
+    if any(map(is_lora, state)):
+        model.adapt(config.lora, config.seed)
     model.load_state_dict(state)
     return model
 
@@ -385,6 +391,7 @@ def stage0_config(config: Config) -> Config:
         system=system,
         rates=rates,
         surgery=Surgery(),
+        lora=Lora(),
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
         mix=stage0.mix,
         data=dataclasses.replace(config.data, samples=stage0.samples, repeat_steps=0),

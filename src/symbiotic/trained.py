@@ -15,6 +15,7 @@ import yaml
 from symbiotic.config import instantiate
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.captions import image_size
+from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import load_state, read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse
@@ -23,6 +24,7 @@ from symbiotic.studies.request import run_folder
 AGAIN = "the run's own command writes it again"
 TOKENIZER = "tokenizer.json"
 FINAL, EMA, INITIAL, PARENT_FILE = "model.safetensors", "ema.safetensors", "init.safetensors", "parent.safetensors"
+LORA = "lora.safetensors"
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,8 @@ def load_model(config: Config, path: Path, device: str) -> UnifiedModel:
     """Raises RunError (a file that does not fit the config), ConfigError (no such device)."""
     state = load_state(path)
     model = UnifiedModel(config.model, config.system, latents="latent_head.weight" in state)
+    if any(map(is_lora, state)):
+        model.adapt(config.lora, config.seed)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -17,30 +17,37 @@ TASK_TERMS = {"understanding": "ce", "generation": "flow"}
 
 
 def training_terms(
-    model: UnifiedModel, batch: Batch, objective: Objective, shield: Tensor | None = None
+    model: UnifiedModel,
+    batch: Batch,
+    objective: Objective,
+    shield: Tensor | None = None,
+    by_truth: Tensor | None = None,
 ) -> tuple[Output, dict[str, Tensor]]:
     """The training forward of a batch as the loader gives it (its latents clean), and the terms of its loss."""
-    out = model(noised(batch), shield=shield)
+    out = model(noised(batch), shield=shield, by_truth=by_truth)
     return out, loss_terms(model, out, batch, objective)
 
 
 def loss_terms(model: UnifiedModel, out: Output, batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    """`ce`, `flow`, `balance` and `z`, each [] and unweighted. The latents of `batch` are clean: they are the target.
+    """`ce`, `flow`, `balance`, `z`, and with a task router `task`, each [] and unweighted. The latents of `batch` are
+    clean: they are the target.
 
     The normalisers of CE and flow are those of the whole optimiser step, so that the mean over micro-batches, however
     they are shared out, is the loss of the step.
     """
     with torch.autocast(out.z.device.type, enabled=False):
-        balance = balance_loss(out.routing, model.routers_RM.float(), model.visible_experts, objective.balance)
+        balance = balance_loss(out.routing, model.routers_RM.float(), model.own_experts, objective.balance)
     return {
         "ce": ce_loss(out.logits, batch) / batch.ce_norm,
         "flow": flow_loss(out.prediction, batch, objective.prediction) / batch.flow_norm,
         "balance": balance,
         "z": out.z,
+        **({} if out.task is None else {"task": out.task}),
     }
 
 
 def term_weights(objective: Objective, balance: float | None = None) -> dict[str, float]:
     """Weight of every term; `balance` replaces `objective.balance_weight`."""
     weight = objective.balance_weight if balance is None else balance
-    return {"ce": objective.ce_weight, "flow": objective.flow_weight, "balance": weight, "z": objective.z_weight}
+    weights = {"ce": objective.ce_weight, "flow": objective.flow_weight, "balance": weight, "z": objective.z_weight}
+    return weights | {"task": objective.task_weight}
