@@ -45,6 +45,7 @@ from symbiotic.fit import fit
 from symbiotic.images.tokenizer import ImageTokenizer
 from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
+from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.runs import (
     Journal,
@@ -61,11 +62,11 @@ from symbiotic.runs import (
     write_json,
     write_text,
 )
-from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
+from symbiotic.schema import Config, ConfigError, Lora, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
 from symbiotic.trained import EMA as EMA_FILE
-from symbiotic.trained import FINAL, IMAGE_TOKENIZER, TOKENIZER
+from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, TOKENIZER
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 
@@ -87,7 +88,7 @@ def run(config: Config) -> float:
         ConfigError, DataError, RunError: what is wrong, in one line.
     """
     torch.set_num_threads(config.threads)
-    model = model_of(config).initialise(config.seed)
+    model = model_of(config).initialise(config.seed).adapt(config.lora, config.seed)
     roles = assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
     summary.show_plan(config, model, set(roles.values()))
     if config.dry_run:
@@ -282,7 +283,10 @@ class Arc:
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
             module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
-            save_state(self.folder / FINAL, module.model.state_dict())
+            state = module.model.state_dict()
+            save_state(self.folder / FINAL, state)
+            if config.lora.rank:
+                save_state(self.folder / LORA, {name: value for name, value in state.items() if is_lora(name)})
         with self.journal.step("evaluation", self.evaluation_key(), "evaluate the final model", self.folder / SCORES):
             if any(isinstance(callback, EMA) for callback in self.made.values()):
                 average = built(config, load_state(self.folder / EMA_FILE), latents=True)
@@ -387,6 +391,8 @@ def check_codes(config: Config, images: ImageTokenizer) -> None:
 
 def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedModel:
     model = model_of(config, latents)
+    if any(map(is_lora, state)):
+        model.adapt(config.lora, config.seed)
     model.load_state_dict(state)
     return model
 
@@ -417,6 +423,7 @@ def stage0_config(config: Config) -> Config:
         system=system,
         rates=rates,
         surgery=Surgery(),
+        lora=Lora(),
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
         mix=stage0.mix,
         data=dataclasses.replace(config.data, samples=stage0.samples, repeat_steps=0),

@@ -126,6 +126,15 @@ class System:
     shared: name of a shared expert -> the kinds that pass through it (null: no such expert).
     streams: name of a copy of attention and norms -> the kinds that use it.
     No pools at all means a dense model: the hidden width of the k routed experts goes to the shared expert.
+
+    merge: how many of the parent's experts are one expert here, side by side: merge x as wide, `num_experts / merge`.
+    top_k: experts that a token uses (null: `model.router.top_k`).
+    gate: of a chosen expert. `router`: as `model.router` has it; `probability`: p, never renormalised;
+    `straight_through`: 1 in the forward with the gradient of p, as a renormalised top-1 gate has none (ours).
+    task_router: in every layer a learned router picks the row of `visible` for a token, by its predicted task; the row
+    of its kind is the truth (UTAMoE, arXiv 2506.03591).
+    alpha_scale: s of `y = s (alpha E + (1 - alpha) S)`, alpha learned in every layer from 1/2 on (UTAMoE: 1; 2 starts
+    at the E + S that the parent was trained with). null: `y = E + S`.
     """
 
     name: str
@@ -135,6 +144,11 @@ class System:
     shared: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     streams: dict[str, tuple[str, ...]] = field(default_factory=lambda: {PARENT: KINDS})
     shield: Shield = field(default_factory=Shield)
+    merge: int = 1
+    top_k: int | None = None
+    gate: Literal["router", "straight_through", "probability"] = "router"
+    task_router: bool = False
+    alpha_scale: float | None = None
 
 
 # --------------------------------------------------------------------------- optimisation
@@ -188,6 +202,8 @@ class Phase:
     balance: weight of the balance loss in this phase (null: `objective.balance_weight`).
     mix: weights of the data sets in this phase (null: those of the phase before, at first `mix.weights`). Only a phase
     that starts at a fixed step may have one, so that the data of every step is known beforehand.
+    route_by: whether training sends a token to the experts of its predicted task, or to those of its true one. Without
+    a task router both are the same; evaluation and sampling always go by the prediction.
     """
 
     name: str
@@ -198,16 +214,18 @@ class Phase:
     frozen: tuple[str, ...] = ()
     mix: dict[str, float] | None = None
     when: Condition | None = None
+    route_by: Literal["predicted", "truth"] = "predicted"
 
 
 @dataclass(frozen=True)
 class Phases:
-    """The list is what runs; the three numbers above it are what its entries usually refer to."""
+    """The list is what runs; the numbers beside it are what its entries usually refer to."""
 
     steps: int
     shield_steps: int
     release_scale: float  # factor on the generation gradient through shield targets after the shielding
     list: tuple[Phase, ...]
+    stage1_steps: int = 0  # UTAMoE: steps in which the experts of each task learn on it alone
 
 
 @dataclass(frozen=True)
@@ -217,6 +235,19 @@ class Mix:
 
     weights: dict[str, float]
     drop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of the weights in joint training: `x W + (alpha / rank) x A B` (arXiv 2106.09685).
+
+    rank: 0: none. targets: regular expressions, searched in the names of parameters; projections of the attention and
+    weights of routed and shared experts can have an update.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -272,8 +303,9 @@ class Surgery:
 
 @dataclass(frozen=True)
 class Objective:
-    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`; `Balance` says how the balance
-    loss is normalised. With the name `autoregressive`, `image_ce_weight * image_ce` in the place of the flow.
+    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`, and with a task router
+    `+ task_weight * CE(task router, true task)`; `Balance` says how the balance loss is normalised. With the name
+    `autoregressive`, `image_ce_weight * image_ce` in the place of the flow.
 
     flow: mean squared error over latents, on the clean data (`x`) or on the velocity.
     time: sigmoid(n), n ~ Normal(time_mean, time_std).
@@ -289,6 +321,7 @@ class Objective:
     balance_weight: float = 0.01
     balance: Balance = field(default_factory=Balance)
     z_weight: float = 0.0
+    task_weight: float = 1.0
     time_mean: float = 0.0
     time_std: float = 1.0
     caption_dropout: float = 0.1
@@ -398,6 +431,7 @@ class Config:
     logger: dict[str, dict[str, Any] | None]
     run_dir: str
     surgery: Surgery = field(default_factory=Surgery)
+    lora: Lora = field(default_factory=Lora)
     compile: Literal["none", "inductor", "aot_eager"] = "none"  # torch.compile of every block, by this backend
     recompute: bool = False  # activation checkpointing: blocks are computed again in the backward pass
     probe_samples: int = 16  # samples of the fixed batch that drift and conflicts are measured on

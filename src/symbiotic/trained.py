@@ -16,6 +16,7 @@ from symbiotic.config import instantiate
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.captions import image_size
 from symbiotic.images.store import load_image_tokenizer
+from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.runs import load_state, read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse
@@ -24,6 +25,7 @@ from symbiotic.studies.request import run_folder
 AGAIN = "the run's own command writes it again"
 TOKENIZER, IMAGE_TOKENIZER = "tokenizer.json", "image_tokenizer.safetensors"
 FINAL, EMA, INITIAL, PARENT_FILE = "model.safetensors", "ema.safetensors", "init.safetensors", "parent.safetensors"
+LORA = "lora.safetensors"
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def load_model(config: Config, path: Path, device: str) -> UnifiedModel:
     """Raises RunError (a file that does not fit the config), ConfigError (no such device)."""
     state = load_state(path)
     model = model_of(config, latents="latent_head.weight" in state)
+    if any(map(is_lora, state)):
+        model.adapt(config.lora, config.seed)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

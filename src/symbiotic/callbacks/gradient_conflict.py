@@ -102,7 +102,7 @@ class GradientConflict(Probing):
         """Task -> its loss on the probe, weighed and computed (autocast) as in training."""
         model, config = cast(UnifiedModel, pl_module.model), config_of(pl_module)
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            _, terms = training_terms(model, self._batch, config.objective, shield)
+            _, terms = training_terms(model, self._batch, config.objective, shield, cast(Tensor, pl_module.by_truth))
         weights = term_weights(config.objective)
         return {task: weights[term] * terms[term] for task, term in task_terms(config.objective).items()}
 

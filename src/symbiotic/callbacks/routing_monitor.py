@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from symbiotic.callbacks.log import Window, log_metrics
 from symbiotic.callbacks.self_checks import Failures, probing
 from symbiotic.callbacks.step import Probing
+from symbiotic.layout import groups, router_of
 from symbiotic.models.batch import VAE, VIT, Batch
+from symbiotic.models.moe import MoE
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.objectives.total import model_input
 from symbiotic.schema import KINDS, ConfigError
 from symbiotic.training.routing_metrics import by_layer, capacity_sums, drift, miscount, random_rates, summarise
+from symbiotic.training.task_metrics import task_metrics
 
 DRIFTING = ("text", "vit")  # kinds whose routing was trained before joint training
 
@@ -30,8 +34,10 @@ class RoutingMonitor(Probing):
     counts. `routing/drift/KIND` and `routing/layer{i}/drift/KIND` (text, vit): `routing_metrics.drift` on the probe
     since the start of the fit; only where a probe was set.
 
+    With task routers: `task_metrics`; where routed and shared experts are mixed: `task/alpha`, `task/layer{i}/alpha`.
+
     Tells once when the counts are not k for each token, layer and kind; the tokens are counted from the batch.
-    Reads outputs["routing"] (`RoutingStats`), pl_module.model.visible_experts and pl_module.model.cfg.router.top_k.
+    Reads outputs["routing"] (`RoutingStats`) and the tables of pl_module.model.
     per_layer=False leaves the `routing/layer{i}/` entries out.
     """
 
@@ -50,9 +56,12 @@ class RoutingMonitor(Probing):
             self.reference = self.probabilities(trainer, pl_module)
 
     def on_micro_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        counts, tokens = outputs["routing"].counts, num_tokens(batch)
+        stats, tokens = outputs["routing"], num_tokens(batch)
         model: Any = pl_module.model
-        self.window.add(capacity_sums(counts, tokens, model.visible_experts, self.factors))
+        self.window.add(
+            capacity_sums(stats.counts, tokens, model.visible_experts, self.factors, model.groups_RE)
+            | ({} if stats.sent is None else {"predicted": stats.predicted, "sent": stats.sent})
+        )
         self._tokens.append(tokens)
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -68,10 +77,15 @@ class RoutingMonitor(Probing):
         sums = self.window.total(trainer)
         host = torch.cat([value.reshape(-1) for value in sums.values()]).cpu().split([v.numel() for v in sums.values()])
         sums = {name: part.view_as(sums[name]) for name, part in zip(sums, host, strict=True)}
-        problem = miscount(sums["counts"], sums["tokens"], model.cfg.router.top_k)
+        problem = miscount(sums["counts"], sums["tokens"], router_of(model.cfg, model.system).top_k)
         if problem:
             self.failures.tell(trainer, trainer.global_step, "counts", problem)
-        return summarise(sums, model.visible_experts.cpu(), self.factors)
+        sees_RE = None if model.groups_RE is None else model.groups_RE.cpu()
+        found = summarise(sums, model.visible_experts.cpu(), self.factors, sees_RE) | alphas(model)
+        if "sent" in sums:
+            names = ["+".join(row) for row in groups(model.system)]
+            found |= task_metrics(sums["predicted"], sums["sent"], model.routers_RM.cpu(), names)
+        return found
 
     def add_baselines(self, model: Any) -> None:
         """Bring the token counts to the host, and the random baselines of the micro-batches into the window.
@@ -79,9 +93,10 @@ class RoutingMonitor(Probing):
         One by one, so that it is the same sum wherever a checkpoint was saved in between.
         """
         if self._tokens:
-            visible, device = model.visible_experts.cpu(), self._tokens[0].device
+            visible, device = model.own_experts.cpu(), self._tokens[0].device
+            top_k = router_of(model.cfg, model.system).top_k
             for tokens in torch.stack(self._tokens).tolist():
-                rates = random_rates(tokens, visible, model.cfg.router.top_k, self.factors)
+                rates = random_rates(tokens, visible, top_k, self.factors)
                 self.window.add({"random": torch.tensor(rates, dtype=torch.float64, device=device)})
             self._tokens = []
 
@@ -112,6 +127,13 @@ class RoutingMonitor(Probing):
         self.window.load(trainer, checkpoint, "routing_monitor")
         state: Mapping[str, Any] = checkpoint.get("routing_monitor", {"reference": {}, "told": []})
         self.reference, self.failures.told = dict(state["reference"]), list(state["told"])
+
+
+def alphas(model: UnifiedModel) -> dict[str, float]:
+    """The share of the routed experts in every layer that mixes them with the shared ones; empty where none does."""
+    layers = [layer.mix.detach() for layer in model.modules() if isinstance(layer, MoE) and layer.mix is not None]
+    whole = [mix.full_tensor() if isinstance(mix, DTensor) else mix for mix in layers]
+    return by_layer("alpha", torch.cat(whole).double().sigmoid().cpu(), "task") if whole else {}
 
 
 def num_tokens(batch: Batch) -> Tensor:

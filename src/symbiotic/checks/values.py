@@ -13,12 +13,13 @@ from pathlib import Path
 
 from symbiotic.checks.callbacks import check_callbacks
 from symbiotic.checks.evaluation import check_benchmarks
+from symbiotic.checks.lora import check_lora
 from symbiotic.checks.phases import check_phases
 from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
 from symbiotic.evaluation.names import METRICS
-from symbiotic.layout import parameter_names, shared_scopes
+from symbiotic.layout import shared_scopes, trained_names
 from symbiotic.schema import KINDS, Config, ConfigError, Mix, Objective, near_miss
 from symbiotic.training.roles import assign_roles
 
@@ -58,6 +59,7 @@ def check(config: Config) -> None:
     """
     _run(config)
     check_layout(config.model, config.system)
+    check_lora(config)
     check_callbacks(config)
     _rates(config)
     check_phases(config)
@@ -124,8 +126,7 @@ def _rates(config: Config) -> None:
     for role, patterns in rates.roles.items():
         for pattern in patterns:
             _compiles(f"rates.roles.{role}", pattern)
-    names = parameter_names(config.model, config.system, codebook=config.objective.codebook_size)
-    assign_roles(names, rates.roles)
+    assign_roles(trained_names(config), rates.roles)
 
 
 def _compiles(key: str, pattern: str) -> None:
@@ -145,7 +146,7 @@ def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
 
 def _objective(config: Config) -> None:
     objective = config.objective
-    weights = "ce_weight flow_weight image_ce_weight balance_weight z_weight"
+    weights = "ce_weight flow_weight image_ce_weight balance_weight z_weight task_weight"
     at_least(objective, "objective.", 0, f"{weights} time_std codebook_size")
     share(objective, "objective.", "caption_dropout")
     at_least(objective.sampler, "objective.sampler.", 1, "steps")

@@ -22,10 +22,18 @@ class Places:
 
     shield: [] float level in [0, 1], or None where no gradient is to be shielded (evaluation, sampling).
     trace: whether the MoE layers hand out what they did token by token. cache: keys and values of earlier tokens.
+    by_truth: [] bool, whether task routers send tokens by their true task; None: by the predicted one.
     """
 
-    def __init__(self, batch: Batch, shield: Tensor | None, trace: bool = False, cache: KVCache | None = None) -> None:
-        self.trace, self.cache = trace, cache
+    def __init__(
+        self,
+        batch: Batch,
+        shield: Tensor | None,
+        trace: bool = False,
+        by_truth: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> None:
+        self.trace, self.by_truth, self.cache = trace, by_truth, cache
         self.shape = tuple(batch.kind.shape)
         self.kind_N = batch.kind.reshape(-1)
         self.valid_N = batch.segment.reshape(-1) >= 0

@@ -16,11 +16,12 @@ from symbiotic.models.attention import by_stream
 from symbiotic.models.batch import IGNORE, VIT, Batch
 from symbiotic.models.cache import KVCache
 from symbiotic.models.embeddings import GridEmbedding, TimeEmbedding
+from symbiotic.models.lora import attach
 from symbiotic.models.moe import LayerStats, LayerTrace
 from symbiotic.models.places import Places, latent_rows
 from symbiotic.models.routing import Columns, RoutingStats
 from symbiotic.models.transformer import Block, initial, run_blocks
-from symbiotic.schema import KINDS, Config, Model, System
+from symbiotic.schema import KINDS, Config, Lora, Model, System
 
 
 @dataclass
@@ -32,6 +33,7 @@ class Output:
     z: Tensor  # [] mean over layers
     routing: RoutingStats  # what the balance loss is made of
     trace: list[LayerTrace]  # of every MoE layer, where it was asked for
+    task: Tensor | None = None  # [] cross-entropy of the task routers, mean over layers; None without any
 
 
 class UnifiedModel(nn.Module):
@@ -42,7 +44,8 @@ class UnifiedModel(nn.Module):
     Parameters are created empty; call `initialise` or load a state.
     """
 
-    visible_experts: Tensor
+    visible_experts: Tensor  # [M, E] experts that tokens of a kind may use
+    own_experts: Tensor  # [M, E] those of their router: the same, but where a task router may send them elsewhere
     routers_RM: Tensor
     recompute = False  # activation checkpointing of the blocks
 
@@ -62,7 +65,9 @@ class UnifiedModel(nn.Module):
             self.time_in = None if codebook else TimeEmbedding(width)
             self.latent_head = nn.Linear(width, codebook or model.patch_dim)
         columns = Columns(model, system)
-        self.register_buffer("visible_experts", columns.visible_ME, persistent=False)
+        everywhere = torch.full_like(columns.visible_ME, columns.by_task)
+        self.register_buffer("visible_experts", columns.visible_ME | everywhere, persistent=False)
+        self.register_buffer("own_experts", columns.visible_ME, persistent=False)
         self.register_buffer("routers_RM", columns.routers_RM, persistent=False)
 
     @torch.no_grad()
@@ -72,11 +77,17 @@ class UnifiedModel(nn.Module):
             parameter.copy_(initial(name, parameter, seed, self.cfg.init_std, self.cfg.num_layers))
         return self
 
+    def adapt(self, lora: Lora, seed: int) -> UnifiedModel:
+        """With low-rank updates of the targeted weights, fresh from (seed, name); the outputs stay."""
+        attach(self, lora, lambda name, empty: initial(name, empty, seed, self.cfg.init_std, self.cfg.num_layers))
+        return self
+
     def forward(
         self,
         batch: Batch,
         *,
         shield: Tensor | None = None,
+        by_truth: Tensor | None = None,
         logits_at: Tensor | None = None,
         trace: bool = False,
         cache: KVCache | None = None,
@@ -86,10 +97,10 @@ class UnifiedModel(nn.Module):
         batch.codes, shifted by `objectives.autoregressive.shifted`.
 
         shield: [] level of the gradient shield in [0, 1]. logits_at: [B, T] bool, by default the places with a
-        target. trace: keep what every MoE layer did token by token. cache: of the tokens that stand before these.
-        embedded: [N, D] in the place of `embedding(batch)`, to ask what an output owes to them.
+        target. trace: keep what every MoE layer did token by token. by_truth: see `Places`. cache: of the tokens that
+        stand before these. embedded: [N, D] in the place of `embedding(batch)`, to ask what an output owes to them.
         """
-        places, position_N = Places(batch, shield, trace, cache), batch.position.reshape(-1)
+        places, position_N = Places(batch, shield, trace, by_truth, cache), batch.position.reshape(-1)
         x_ND = self.embedding(batch) if embedded is None else embedded
         x_ND, layers = run_blocks(self.blocks, x_ND, position_N, places, self.cfg, self.recompute and not trace)
         x_ND = by_stream(dict(self.norm.items()), self.system, x_ND, places)
@@ -101,7 +112,15 @@ class UnifiedModel(nn.Module):
             cache.keep(batch)
         stats = self.routing(layers, places)
         z = torch.stack([layer.z for layer in layers]).mean() if layers else x_ND.new_zeros(())
-        return Output(logits, prediction, z, stats, [layer.trace for layer in layers if layer.trace is not None])
+        losses = [layer.task.loss for layer in layers if layer.task is not None]
+        task = torch.stack(losses).mean() if losses else None
+        traces = [layer.trace for layer in layers if layer.trace is not None]
+        return Output(logits, prediction, z, stats, traces, task)
+
+    @property
+    def groups_RE(self) -> Tensor | None:
+        """[R, E] bool, the experts of each group that a task router chooses among; None without task routers."""
+        return (self.routers_RM @ self.own_experts.float()) > 0 if self.system.task_router else None
 
     def embedding(self, batch: Batch) -> Tensor:
         """[N, D]: words; read patches with their grid place; latents with grid place and flow time, or codes with the
@@ -123,8 +142,10 @@ class UnifiedModel(nn.Module):
         if not layers:
             none = places.tokens_M.new_zeros(0, len(KINDS), 0)
             return RoutingStats(none, none, places.tokens_M)
-        counts = torch.stack([layer.counts_ME for layer in layers])
-        return RoutingStats(counts, torch.stack([layer.probs_ME for layer in layers]), places.tokens_M)
+        counts, probs = (torch.stack(parts) for parts in zip(*((s.counts_ME, s.probs_ME) for s in layers), strict=True))
+        tasks = [layer.task for layer in layers if layer.task is not None]
+        predicted, sent = (torch.stack([t[i] for t in tasks]) if tasks else None for i in (1, 2))
+        return RoutingStats(counts, probs, places.tokens_M, predicted, sent)
 
 
 def model_of(config: Config, latents: bool = True) -> UnifiedModel:

@@ -25,27 +25,32 @@ def model_input(batch: Batch) -> Batch:
 
 
 def training_terms(
-    model: UnifiedModel, batch: Batch, objective: Objective, shield: Tensor | None = None
+    model: UnifiedModel,
+    batch: Batch,
+    objective: Objective,
+    shield: Tensor | None = None,
+    by_truth: Tensor | None = None,
 ) -> tuple[Output, dict[str, Tensor]]:
     """The training forward of a batch as the loader gives it, and the terms of its loss."""
-    out = model(model_input(batch), shield=shield)
+    out = model(model_input(batch), shield=shield, by_truth=by_truth)
     return out, loss_terms(model, out, batch, objective)
 
 
 def loss_terms(model: UnifiedModel, out: Output, batch: Batch, objective: Objective) -> dict[str, Tensor]:
-    """`ce`, `flow` or `image_ce`, `balance` and `z`, each [] and unweighted. The latents of `batch` are clean: they are
-    the target.
+    """`ce`, `flow` or `image_ce`, `balance`, `z`, and with a task router `task`, each [] and unweighted. The latents of
+    `batch` are clean: they are the target.
 
     The normalisers of CE and of the generation loss are those of the whole optimiser step, so that the mean over
     micro-batches, however they are shared out, is the loss of the step.
     """
     with torch.autocast(out.z.device.type, enabled=False):
-        balance = balance_loss(out.routing, model.routers_RM.float(), model.visible_experts, objective.balance)
+        balance = balance_loss(out.routing, model.routers_RM.float(), model.own_experts, objective.balance)
     return {
         "ce": ce_loss(out.logits, batch) / batch.ce_norm,
         GENERATION_TERMS[objective.name]: generation_loss(out.prediction, batch, objective) / batch.flow_norm,
         "balance": balance,
         "z": out.z,
+        **({} if out.task is None else {"task": out.task}),
     }
 
 
@@ -61,4 +66,5 @@ def term_weights(objective: Objective, balance: float | None = None) -> dict[str
     weight = objective.balance_weight if balance is None else balance
     term = GENERATION_TERMS[objective.name]
     made = {term: getattr(objective, f"{term}_weight")}
-    return {"ce": objective.ce_weight, **made, "balance": weight, "z": objective.z_weight}
+    routed = {"balance": weight, "z": objective.z_weight, "task": objective.task_weight}
+    return {"ce": objective.ce_weight, **made, **routed}

@@ -68,7 +68,7 @@ class Budget:
 def budget(config: Config, runs: Sequence[Run]) -> Budget:
     """Of an arm. config: that of its runs, seed aside."""
     with torch.device("meta"):
-        model = model_of(config)
+        model = model_of(config).adapt(config.lora, config.seed)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     seconds = [run.summary.get("seconds", {}).get("joint") for run in runs]
     return Budget(

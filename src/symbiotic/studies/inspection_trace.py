@@ -18,7 +18,7 @@ from symbiotic.data.packing import Array
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import measuring
 from symbiotic.evaluation.prompts import one_a_row
-from symbiotic.layout import pool_sizes
+from symbiotic.layout import pool_sizes, router_of
 from symbiotic.models.batch import IGNORE, Batch
 from symbiotic.models.moe import LayerTrace
 from symbiotic.models.unified import UnifiedModel
@@ -152,7 +152,7 @@ def facts(request: Request, config: Config, weights: Path) -> dict[str, Any]:
     if request.task == "generation":
         asked |= {"time": request.time} if config.objective.name == "flow" else {}
         asked["seed"] = request.seed
-    router = config.model.router
+    router = router_of(config.model, config.system)
     return asked | {"top_k": router.top_k, "normalize": router.normalize, "scale": router.scale}
 
 
@@ -177,15 +177,13 @@ def traced(model: UnifiedModel, batch: Batch) -> tuple[list[Layer], list[int]]:
     blocks = [number for number, has in enumerate(routed) if has]
     with measuring(model):
         out = model(batch, trace=True)
-        visible_N = model.visible_experts.sum(1)[batch.kind.reshape(-1)]
-    layers = [layer_of(number, layer, visible_N) for number, layer in zip(blocks, out.trace, strict=True)]
+    layers = [layer_of(number, layer) for number, layer in zip(blocks, out.trace, strict=True)]
     return layers, [number for number, has in enumerate(routed) if not has]
 
 
-def layer_of(block: int, layer: LayerTrace, visible_N: Tensor) -> Layer:
-    """visible_N: number of experts that each token may choose among."""
+def layer_of(block: int, layer: LayerTrace) -> Layer:
     probs_NE = layer.probs_NE.float()
-    entropy_N = torch.special.entr(probs_NE).sum(-1) / visible_N.float().log().clamp(min=1e-9)
+    entropy_N = torch.special.entr(probs_NE).sum(-1) / layer.visible_NE.sum(-1).float().log().clamp(min=1e-9)
     routed_N, shared_N = layer.routed_ND.float().norm(dim=-1), layer.shared_ND.float().norm(dim=-1)
     total_N = routed_N + shared_N
     share_N = torch.where(total_N > 0, shared_N / total_N.clamp(min=1e-30), 0.0)
