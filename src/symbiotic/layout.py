@@ -166,8 +166,8 @@ def parent_system(system: System, shared: bool | None = None) -> System:
     )
 
 
-def parameter_names(model: Model, system: System, latents: bool = True) -> list[str]:
-    """The names of all parameters of `UnifiedModel(model, system, latents)`, known without building it.
+def parameter_names(model: Model, system: System, latents: bool = True, codebook: int = 0) -> list[str]:
+    """The names of all parameters of `UnifiedModel(model, system, latents, codebook)`, known without building it.
 
     A test holds this list against the model's own. It is what roles are checked with before torch is imported.
     """
@@ -176,8 +176,9 @@ def parameter_names(model: Model, system: System, latents: bool = True) -> list[
         names += [f"blocks.{layer}.{name}" for name in _block_names(model, system, dense=layer in model.dense_layers)]
     names += [f"norm.{stream}.weight" for stream in system.streams]
     names += [] if model.tied_head else ["text_head.weight"]
-    latent = ["latent_in.weight", "latent_in.bias", "latent_grid.row.weight", "latent_grid.column.weight"]
-    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")]
+    patches = not codebook
+    latent = ["latent_in.weight", *["latent_in.bias"] * patches, "latent_grid.row.weight", "latent_grid.column.weight"]
+    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")] * patches
     return names + (latent + ["latent_head.weight", "latent_head.bias"] if latents else [])
 
 
@@ -195,7 +196,7 @@ def lora_place(name: str) -> tuple[str, str]:
 
 def trained_names(config: Config) -> list[str]:
     """The names of all parameters of joint training: the model's, and those of its low-rank updates."""
-    names = parameter_names(config.model, config.system)
+    names = parameter_names(config.model, config.system, codebook=config.objective.codebook_size)
     places = (lora_place(name) for name in adapted(names, config.lora))
     return names + [f"{head}.lora.{leaf}.{side}" for head, leaf in places for side in "ab"]
 
@@ -207,10 +208,12 @@ def _block_names(model: Model, system: System, dense: bool) -> list[str]:
     names = [f"attention.{stream}.{leaf}" for stream in system.streams for leaf in leaves]
     names += [f"moe_norm.{stream}.weight" for stream in system.streams]
     if not dense:
+        names += ["moe.mix"] if system.pools and system.alpha_scale is not None else []
         names += [f"moe.pools.{pool}.{leaf}" for pool in system.pools for leaf in ("w_in", "w_out")]
         names += [f"moe.routers.{router}" for router in router_pools(system)]
-        names += ["moe.task_router.weight", "moe.task_router.bias"] if system.task_router else []
-        names += ["moe.mix"] if system.pools and system.alpha_scale is not None else []
     scopes = ["dense"] if dense else list(shared_scopes(system))
     gate = ["gate"] if model.gated_shared else []
-    return names + [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
+    names += [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
+    return names + (
+        [f"moe.task_router.{leaf}" for leaf in ("weight", "bias")] if system.task_router and not dense else []
+    )

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from symbiotic.layout import shield_kinds
 from symbiotic.models.batch import Batch
-from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.total import TASK_TERMS, term_weights, training_terms
+from symbiotic.models.unified import UnifiedModel, model_of
+from symbiotic.objectives.total import task_terms, term_weights, training_terms
 from symbiotic.schema import Config, Phase
 from symbiotic.training.phases import phase_at
 from symbiotic.training.roles import assign_roles, role_lr
@@ -66,7 +66,7 @@ class SymbioticModule(lightning.LightningModule):
         """Called by Lightning on every rank, more than once: builds only the first time."""
         if "model" in self._modules:
             return
-        self.model = UnifiedModel(self.config.model, self.config.system, self.latents)
+        self.model = model_of(self.config, self.latents)
         if self.start_state is None:
             self.model.initialise(self.config.seed)
         else:
@@ -89,7 +89,7 @@ class SymbioticModule(lightning.LightningModule):
         weighted = {name: weights[name] * term for name, term in terms.items()}
         loss = sum(weighted.values(), torch.zeros_like(out.z))
         if self.tasks is not None:
-            self.tasks.losses = {task: weighted[term] for task, term in TASK_TERMS.items()}
+            self.tasks.losses = {task: weighted[term] for task, term in task_terms(self.config.objective).items()}
         return {
             "loss": loss,
             **{name: term.detach() for name, term in terms.items()},

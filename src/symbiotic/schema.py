@@ -26,6 +26,9 @@ TASKS = ("t2i", "t2i_long", "lm", "mmu")
 """Tasks, in the order of `Batch.task`: text-to-image with a short or a long caption, pure text, multimodal
 understanding."""
 
+GENERATION_TERMS = {"flow": "flow", "autoregressive": "image_ce"}
+"""Objective -> the loss term of generated images; `objective.TERM_weight` is its weight."""
+
 PARENT = "all"
 """Name of the one pool, router, shared expert and stream that every stage-0 parent consists of."""
 
@@ -249,11 +252,18 @@ class Lora:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Image sampling: Euler steps on the flow, classifier-free guidance, time shift (1 = none)."""
+    """Image sampling. guidance: classifier-free (1 = none).
+
+    flow: Euler steps, time shift (1 = none). autoregressive: of each code, by its logits over `temperature` (0: the
+    likeliest), among the `top_k` likeliest (0: all), and of these the fewest that reach the probability `top_p`.
+    """
 
     steps: int = 12
     guidance: float = 2.0
     time_shift: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -294,16 +304,20 @@ class Surgery:
 @dataclass(frozen=True)
 class Objective:
     """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`, and with a task router
-    `+ task_weight * CE(task router, true task)`; `Balance` says how the balance loss is normalised.
+    `+ task_weight * CE(task router, true task)`; `Balance` says how the balance loss is normalised. With the name
+    `autoregressive`, `image_ce_weight * image_ce` in the place of the flow.
 
     flow: mean squared error over latents, on the clean data (`x`) or on the velocity.
     time: sigmoid(n), n ~ Normal(time_mean, time_std).
+    image_ce: cross-entropy of the codes (nats a code) that `image_tokenizer` makes of the images.
+    image_tokenizer: `_target_` of what trains or loads it (see `symbiotic.images`). codebook_size: its codes.
     """
 
-    name: Literal["flow"] = "flow"
+    name: Literal["flow", "autoregressive"] = "flow"
     prediction: Literal["x", "velocity"] = "x"
     ce_weight: float = 1.0
     flow_weight: float = 1.0
+    image_ce_weight: float = 1.0
     balance_weight: float = 0.01
     balance: Balance = field(default_factory=Balance)
     z_weight: float = 0.0
@@ -311,6 +325,8 @@ class Objective:
     time_mean: float = 0.0
     time_std: float = 1.0
     caption_dropout: float = 0.1
+    codebook_size: int = 0
+    image_tokenizer: dict[str, Any] | None = None
     sampler: Sampler = field(default_factory=Sampler)
 
 
@@ -435,6 +451,9 @@ class SamplerChange:
     steps: int | None = None
     guidance: float | None = None
     time_shift: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from symbiotic.layout import groups, router_of
 from symbiotic.models.batch import VAE, VIT, Batch
 from symbiotic.models.moe import MoE
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import noised
+from symbiotic.objectives.total import model_input
 from symbiotic.schema import KINDS, ConfigError
 from symbiotic.training.routing_metrics import by_layer, capacity_sums, drift, miscount, random_rates, summarise
 from symbiotic.training.task_metrics import task_metrics
@@ -154,6 +154,7 @@ def drifting_rows(batch: Batch) -> Batch:
     reads, makes = (keep_B[(batch.kind == kind).nonzero()[:, 0]] for kind in (VIT, VAE))
     patches = {name: getattr(batch, name)[reads] for name in ("vit_patches", "vit_grid")}
     patches |= {name: getattr(batch, name)[makes] for name in ("latents", "latent_grid", "noise", "time")}
+    patches["codes"] = batch.codes[makes] if len(batch.codes) else batch.codes
     rest = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in whole | patches}
     return Batch(**whole, **patches, **{name: value[keep_B] for name, value in rest.items()})
 
@@ -161,7 +162,7 @@ def drifting_rows(batch: Batch) -> Batch:
 @torch.no_grad()
 def probe_probabilities(model: UnifiedModel, probe: Batch) -> dict[str, Tensor]:
     """Kind of `DRIFTING` -> float32 [L, n, E], the router's probabilities of its n tokens (those with any)."""
-    trace = model(noised(probe), logits_at=torch.zeros_like(probe.segment, dtype=torch.bool), trace=True).trace
+    trace = model(model_input(probe), logits_at=torch.zeros_like(probe.segment, dtype=torch.bool), trace=True).trace
     rows = {kind: places.reshape(-1).nonzero().squeeze(-1) for kind, places in drifting(probe).items() if trace}
     found = {kind: [layer.probs_NE[index].float() for layer in trace] for kind, index in rows.items() if len(index)}
     return {kind: torch.stack(layers) for kind, layers in found.items()}

@@ -69,7 +69,8 @@ class SelfChecks(Probing):
         batch = self.probe.to(pl_module.device)
         with probing(trainer, pl_module), torch.enable_grad():
             _, terms = training_terms(cast(Any, model), batch, config.objective)
-            dead = without_gradient({t: terms[t] for t in possible if weights[t] > 0}, list(model.parameters()))
+            weighed = {t: terms[t] for t in possible if weights.get(t, 0.0) > 0}
+            dead = without_gradient(weighed, list(model.parameters()))
         for term in dead:
             text = f"loss term {term} has weight {weights[term]:g} and no gradient on any parameter, on the probe batch"
             self.failures.tell(trainer, 0, f"gradient/{term}", text)
@@ -152,8 +153,8 @@ def routers_of(model: Model, system: System, scope: str) -> list[tuple[list[str]
 def possible_terms(batch: Batch, model: Model, system: System, balance: Balance) -> list[str]:
     """The loss terms that can have a gradient on this batch.
 
-    CE needs targets, flow latents, both router losses routed experts. Where a router's tokens choose all of the experts
-    that they see, the load is even whatever the router says: no gradient of the balance loss.
+    CE needs targets, flow latents, image_ce codes, both router losses routed experts. Where a router's tokens choose
+    all of the experts that they see, the load is even whatever the router says: no gradient of the balance loss.
     """
     routed = bool(system.pools) and len(model.dense_layers) < model.num_layers
     valid = batch.segment >= 0
@@ -168,6 +169,7 @@ def possible_terms(batch: Batch, model: Model, system: System, balance: Balance)
     found = {
         "ce": bool((batch.target != IGNORE).any()),
         "flow": len(batch.latents) > 0,
+        "image_ce": len(batch.codes) > 0,
         "balance": bool(choice),
         "z": routed,
         "task": routed and system.task_router and bool(valid.any()),

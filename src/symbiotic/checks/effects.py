@@ -150,6 +150,16 @@ def _lora_targets(s: Setting, key: str) -> str | None:
     return _lora(s, key) or unmatched(s.config)
 
 
+def _flow(s: Setting, key: str) -> str | None:
+    name = s.config.objective.name
+    return _generation(s, key) or (None if name == "flow" else f"objective={name} has no flow")
+
+
+def _codes(s: Setting, key: str) -> str | None:
+    name = s.config.objective.name
+    return _generation(s, key) or (None if name == "autoregressive" else f"objective={name} makes no image codes")
+
+
 def _role(s: Setting, key: str) -> str | None:
     role = key.split(".")[2]
     names = trained_names(s.config)
@@ -196,8 +206,16 @@ RULES: dict[str, Rule] = {
     "model.gated_shared": _shared,
     "model.dense_hidden": _dense,
     "init.stage0*": _stage0,
-    "objective.flow_weight": _generation,
-    "objective.time_*": _generation,
+    "objective.flow_weight": _flow,
+    "objective.prediction": _flow,
+    "objective.time_*": _flow,
+    "objective.sampler.steps": _flow,
+    "objective.sampler.time_shift": _flow,
+    "objective.image_ce_weight": _codes,
+    "objective.codebook_size": _codes,
+    "objective.image_tokenizer*": _codes,
+    "objective.sampler.temperature": _codes,
+    "objective.sampler.top_*": _codes,
     "objective.caption_dropout": _generation,
     "rates.by_role.*": _role,
     "rates.schedules.*": _role,

@@ -20,7 +20,7 @@ from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
 from symbiotic.evaluation.names import METRICS
 from symbiotic.layout import shared_scopes, trained_names
-from symbiotic.schema import KINDS, Config, ConfigError, Mix, near_miss
+from symbiotic.schema import KINDS, Config, ConfigError, Mix, Objective, near_miss
 from symbiotic.training.roles import assign_roles
 
 _TRAINER = """
@@ -146,13 +146,26 @@ def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
 
 def _objective(config: Config) -> None:
     objective = config.objective
-    at_least(objective, "objective.", 0, "ce_weight flow_weight balance_weight z_weight task_weight time_std")
+    weights = "ce_weight flow_weight image_ce_weight balance_weight z_weight task_weight"
+    at_least(objective, "objective.", 0, f"{weights} time_std codebook_size")
     share(objective, "objective.", "caption_dropout")
     at_least(objective.sampler, "objective.sampler.", 1, "steps")
-    at_least(objective.sampler, "objective.sampler.", 0, "guidance")
+    at_least(objective.sampler, "objective.sampler.", 0, "guidance temperature top_k")
+    top_p = objective.sampler.top_p
+    require(0 < top_p <= 1, "objective.sampler.top_p", top_p, "must lie in (0, 1]")
+    _codebook(objective)
     positive(objective.sampler, "objective.sampler.", "time_shift")
     _balance(config)
     check_benchmarks(config.evaluation)
+
+
+def _codebook(objective: Objective) -> None:
+    """Codes have a tokenizer and a number of codes; patches have neither."""
+    size, codes = objective.codebook_size, objective.name == "autoregressive"
+    right = "must be at least 2, the codes of objective.image_tokenizer" if codes else "objective=flow has no codes"
+    require(size >= 2 if codes else size == 0, "objective.codebook_size", size, right)
+    given, right = objective.image_tokenizer, "objective=autoregressive needs what makes codes of images"
+    require(given is not None or not codes, "objective.image_tokenizer", given, right)
 
 
 def _balance(config: Config) -> None:

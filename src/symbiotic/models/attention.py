@@ -111,6 +111,8 @@ class Attention(nn.ModuleDict):
         groups = self.cfg.num_heads // self.cfg.num_kv_heads
         rows = (x.unflatten(0, places.shape).transpose(1, 2) for x in (q_NHh, k_NGh, v_NGh))
         q, k, v = rows
+        if places.cache is not None:
+            k, v = places.cache.extended(self, k, v)
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask)
