@@ -88,7 +88,7 @@ def text_batch(tokens: torch.Tensor) -> Any:
     none, grid, scalar = torch.zeros(0, 48), torch.zeros(0, 2, dtype=torch.long), torch.ones(())
     flags = torch.zeros_like(tokens, dtype=torch.bool)
     parts = (tokens, zeros, ones, zeros, zeros - 1, flags, zeros - 100, zeros)
-    return Batch(*parts, none, grid, none, grid, none, torch.zeros(0), scalar, scalar)
+    return Batch(*parts, none, grid, none, torch.zeros(0, dtype=torch.long), grid, none, torch.zeros(0), scalar, scalar)
 
 
 @pytest.mark.parametrize(

@@ -208,10 +208,12 @@ def _block_names(model: Model, system: System, dense: bool) -> list[str]:
     names = [f"attention.{stream}.{leaf}" for stream in system.streams for leaf in leaves]
     names += [f"moe_norm.{stream}.weight" for stream in system.streams]
     if not dense:
+        names += ["moe.mix"] if system.pools and system.alpha_scale is not None else []
         names += [f"moe.pools.{pool}.{leaf}" for pool in system.pools for leaf in ("w_in", "w_out")]
         names += [f"moe.routers.{router}" for router in router_pools(system)]
-        names += ["moe.task_router.weight", "moe.task_router.bias"] if system.task_router else []
-        names += ["moe.mix"] if system.pools and system.alpha_scale is not None else []
     scopes = ["dense"] if dense else list(shared_scopes(system))
     gate = ["gate"] if model.gated_shared else []
-    return names + [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
+    names += [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
+    return names + (
+        [f"moe.task_router.{leaf}" for leaf in ("weight", "bias")] if system.task_router and not dense else []
+    )
