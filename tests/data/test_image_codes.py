@@ -56,10 +56,16 @@ def test_values_out_of_range_are_named(name: str, value: float) -> None:
 
 
 def test_the_cache_is_taken_and_says_what_it_is_worth(
-    corpus: Path, cache: Path, trained: ImageTokenizer, monkeypatch: pytest.MonkeyPatch
+    corpus: Path,
+    cache: Path,
+    trained: ImageTokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.delattr(image_vq, "timed_training")
     assert short().prepare(corpus, cache).fingerprint == trained.fingerprint
+    assert "32 codes, " in (out := capsys.readouterr().out)
+    assert "60 held-out images: mse 0." in out
     facts = short().figures(corpus, cache)
     assert facts["held_out"]["images"] == 60  # a tenth of 600
     assert {"mse", "psnr", "codes_used", "perplexity"} < set(facts["held_out"])

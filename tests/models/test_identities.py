@@ -338,7 +338,8 @@ def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net(noised(batch))
         balance = balance_loss(out.routing, net.routers_RM, net.visible_experts)
-        (out.logits.float().logsumexp(-1).sum() + out.prediction.float().square().sum() + balance).backward()
+        task = 0.0 if out.task is None else out.task
+        (out.logits.float().logsumexp(-1).sum() + out.prediction.float().square().sum() + balance + task).backward()
     assert out.routing.tokens.max() > 512  # beyond what bfloat16 can count
     assigned = router_of(net.cfg, net.system).top_k * out.routing.tokens
     assert torch.equal(out.routing.counts.sum(-1), assigned.expand(len(out.routing.counts), 4))

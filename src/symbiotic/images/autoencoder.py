@@ -45,7 +45,7 @@ class VQAutoencoder(ImageTokenizer):
 
     def __init__(
         self,
-        codebook_size: int = 256,
+        codebook_size: int = 64,
         patch: int = 4,
         width: int = 64,
         dim: int = 8,

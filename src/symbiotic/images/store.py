@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
+from symbiotic.images import checkpoint
 from symbiotic.images.autoencoder import VQAutoencoder
 from symbiotic.images.tokenizer import ImageTokenizer
-from symbiotic.schema import RunError
+from symbiotic.schema import ConfigError, RunError
 
 KINDS: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], ImageTokenizer]] = {
     "autoencoder": VQAutoencoder.restore,
+    "checkpoint": checkpoint.restore,
 }
 """By the metadata's `kind`: arguments and tensors -> tokenizer."""
 
@@ -23,7 +25,8 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
     """What `ImageTokenizer.save` wrote.
 
     Raises:
-        RunError: no such file, or one that is damaged or no image tokenizer.
+        RunError: no such file, or one that is damaged or no image tokenizer. ConfigError: the checkpoint that it refers
+            to is gone.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -36,6 +39,6 @@ def load_image_tokenizer(path: str | Path) -> ImageTokenizer:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         return KINDS[facts["kind"]](facts["arguments"], state)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        if isinstance(error, RunError):
+        if isinstance(error, (RunError, ConfigError)):
             raise
         raise RunError(f"{path}: not a readable image tokenizer ({' '.join(str(error).split())[:200]})") from error

@@ -29,8 +29,8 @@ class Recipe:
     """How long and on what it trains. warmup: share of the steps without quantisation. revive: steps between two
     searches for dead codes, which end at three quarters of the training."""
 
-    steps: int = 900
-    batch: int = 128
+    steps: int = 800
+    batch: int = 64
     lr: float = 3e-3
     seed: int = 0
     warmup: float = 0.15

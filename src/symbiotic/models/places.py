@@ -30,10 +30,10 @@ class Places:
         batch: Batch,
         shield: Tensor | None,
         trace: bool = False,
-        cache: KVCache | None = None,
         by_truth: Tensor | None = None,
+        cache: KVCache | None = None,
     ) -> None:
-        self.trace, self.cache, self.by_truth = trace, cache, by_truth
+        self.trace, self.by_truth, self.cache = trace, by_truth, cache
         self.shape = tuple(batch.kind.shape)
         self.kind_N = batch.kind.reshape(-1)
         self.valid_N = batch.segment.reshape(-1) >= 0

@@ -97,10 +97,10 @@ class UnifiedModel(nn.Module):
         batch.codes, shifted by `objectives.autoregressive.shifted`.
 
         shield: [] level of the gradient shield in [0, 1]. logits_at: [B, T] bool, by default the places with a
-        target. trace: keep what every MoE layer did token by token. cache: of the tokens that stand before these.
-        embedded: [N, D] in the place of `embedding(batch)`, to ask what an output owes to them. by_truth: see `Places`.
+        target. trace: keep what every MoE layer did token by token. by_truth: see `Places`. cache: of the tokens that
+        stand before these. embedded: [N, D] in the place of `embedding(batch)`, to ask what an output owes to them.
         """
-        places, position_N = Places(batch, shield, trace, cache, by_truth), batch.position.reshape(-1)
+        places, position_N = Places(batch, shield, trace, by_truth, cache), batch.position.reshape(-1)
         x_ND = self.embedding(batch) if embedded is None else embedded
         x_ND, layers = run_blocks(self.blocks, x_ND, position_N, places, self.cfg, self.recompute and not trace)
         x_ND = by_stream(dict(self.norm.items()), self.system, x_ND, places)

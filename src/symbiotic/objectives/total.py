@@ -65,5 +65,6 @@ def term_weights(objective: Objective, balance: float | None = None) -> dict[str
     """Weight of every term; `balance` replaces `objective.balance_weight`."""
     weight = objective.balance_weight if balance is None else balance
     term = GENERATION_TERMS[objective.name]
-    made = {term: getattr(objective, f"{term}_weight"), "task": objective.task_weight}
-    return {"ce": objective.ce_weight, **made, "balance": weight, "z": objective.z_weight}
+    made = {term: getattr(objective, f"{term}_weight")}
+    routed = {"balance": weight, "z": objective.z_weight, "task": objective.task_weight}
+    return {"ce": objective.ce_weight, **made, **routed}
