@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,6 +11,8 @@ import torch
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.config import compose
+from symbiotic.data.packing import Text, build_sample
+from symbiotic.evaluation.prompts import one_a_row
 from symbiotic.models.lora import is_lora
 from symbiotic.runs import load_state, read_json
 from symbiotic.schema import Config, ConfigError
@@ -72,23 +73,13 @@ def test_updates_are_saved_apart_and_merge_into_plain_weights(
     assert f"{len(apart) // 2} low-rank updates" in capsys.readouterr().out
     assert not any(map(is_lora, load_state(out)))
     opened, merged = open_run(folder), open_run(folder, checkpoint=str(out))
-    tokens = torch.randint(8, 64, (2, 9), generator=torch.Generator().manual_seed(0))
-    batch = text_batch(tokens)
-    everywhere = torch.ones_like(tokens, dtype=torch.bool)
+    words = torch.randint(8, 64, (9,), generator=torch.Generator().manual_seed(0)).tolist()
+    batch = one_a_row([build_sample("words", "lm", [Text(words, False)])])
+    everywhere = torch.ones_like(batch.kind, dtype=torch.bool)
     with torch.no_grad():
         a, b = (found.model(batch, logits_at=everywhere).logits for found in (opened, merged))
     torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
     assert load_model(both, folder / "init.safetensors", "cpu") is not None  # older than the updates
-
-
-def text_batch(tokens: torch.Tensor) -> Any:
-    from symbiotic.models.batch import Batch
-
-    zeros, ones = torch.zeros_like(tokens), torch.arange(tokens.shape[1]).expand_as(tokens)
-    none, grid, scalar = torch.zeros(0, 48), torch.zeros(0, 2, dtype=torch.long), torch.ones(())
-    flags = torch.zeros_like(tokens, dtype=torch.bool)
-    parts = (tokens, zeros, ones, zeros, zeros - 1, flags, zeros - 100, zeros)
-    return Batch(*parts, none, grid, none, torch.zeros(0, dtype=torch.long), grid, none, torch.zeros(0), scalar, scalar)
 
 
 @pytest.mark.parametrize(

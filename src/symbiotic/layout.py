@@ -104,6 +104,11 @@ def experts_seen(model: Model, system: System) -> dict[str, int]:
     return {kind: sum(sizes[pool] for pool in pools) for kind, pools in visible_pools(system).items()}
 
 
+def mixes(system: System) -> bool:
+    """Whether routed and shared experts are mixed by a learned alpha: where a system has both, and a scale for it."""
+    return system.alpha_scale is not None and bool(system.pools) and bool(shared_scopes(system))
+
+
 def generates(kinds: tuple[str, ...]) -> bool:
     """Whether these are tokens of generation alone: latents, with or without the prompt of their image."""
     return "vae" in kinds and set(kinds) <= {"prompt", "vae"}
@@ -208,7 +213,7 @@ def _block_names(model: Model, system: System, dense: bool) -> list[str]:
     names = [f"attention.{stream}.{leaf}" for stream in system.streams for leaf in leaves]
     names += [f"moe_norm.{stream}.weight" for stream in system.streams]
     if not dense:
-        names += ["moe.mix"] if system.pools and system.alpha_scale is not None else []
+        names += ["moe.mix"] if mixes(system) else []
         names += [f"moe.pools.{pool}.{leaf}" for pool in system.pools for leaf in ("w_in", "w_out")]
         names += [f"moe.routers.{router}" for router in router_pools(system)]
     scopes = ["dense"] if dense else list(shared_scopes(system))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from symbiotic.checks.rules import at_least, known, plain, positive, require, share
-from symbiotic.layout import components, experts_seen, groups, router_of, router_pools, shared_scopes, visible_pools
+from symbiotic.layout import components, experts_seen, groups, router_of, router_pools, shared_scopes
 from symbiotic.schema import KINDS, ConfigError, Model, System, near_miss
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -111,7 +111,8 @@ def _task_router(system: System) -> None:
     key, rows = "system.task_router", groups(system)
     right = f"all kinds see {', '.join(rows[0])}: one group leaves nothing to choose; must be false"
     require(len(rows) > 1, key, True, right)
-    seen = Counter(pool for pools in {frozenset(p) for p in visible_pools(system).values()} for pool in pools)
+    pools = router_pools(system)
+    seen = Counter(pool for row in rows for pool in {pools[name] for name in row})
     twice = [pool for pool, times in seen.items() if times > 1]
     right = f"sends a token to the experts of one task, and the pool {', '.join(twice)} is seen by two; must be false"
     require(not twice, key, True, right)
@@ -121,6 +122,8 @@ def _mix(system: System) -> None:
     if system.alpha_scale is None:
         return
     positive(system, "system.", "alpha_scale")
+    if not shared_scopes(system):  # nothing is mixed
+        return
     covered = {kind for kinds in shared_scopes(system).values() for kind in kinds}
     alone = [kind for kind in KINDS if kind not in covered]
     right = f"tokens of kind {', '.join(alone)} pass through no shared expert that it could mix in; must be null"

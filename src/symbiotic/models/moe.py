@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from symbiotic.layout import pool_sizes, router_of, router_pools, shared_scopes, shield_kinds
+from symbiotic.layout import mixes, pool_sizes, router_of, router_pools, shared_scopes, shield_kinds
 from symbiotic.models.balance import z_loss
 from symbiotic.models.lora import Adaptable
 from symbiotic.models.places import Places, product, scale_gradient
@@ -113,7 +113,7 @@ class MoE(nn.Module):
         self.scopes = {"dense": KINDS} if dense else shared_scopes(system)
         hidden = dense or model.shared_hidden + (0 if sizes else model.router.top_k * model.expert_hidden)
         self.shared = nn.ModuleDict({s: SharedExpert(model.width, hidden, model.gated_shared) for s in self.scopes})
-        self.mix = nn.Parameter(torch.empty(1)) if sizes and system.alpha_scale is not None else None
+        self.mix = nn.Parameter(torch.empty(1)) if sizes and mixes(system) else None
         self.task_router: TaskRouter | None = None
         if sizes:
             table = Columns(model, system)
