@@ -87,12 +87,12 @@ def test_the_generate_command_takes_the_keys_of_codes_and_no_others(run: Config,
         ("objective.codebook_size=1", r"objective.codebook_size=1: must be at least 2, the codes of objective.image_t"),
         (
             "objective.image_tokenizer=null",
-            r"objective.image_tokenizer=None: objective=autoregressive needs",
+            r"objective.image_tokenizer=null: objective=autoregressive needs",
         ),
-        ("objective.flow_weight=2", r"objective.flow_weight=2: has no effect: objective=autoregressive has no flow"),
+        ("+objective.flow_weight=2", r"objective.flow_weight=2: has no effect: objective=autoregressive has no flow"),
         ("objective.sampler.top_p=0", r"objective.sampler.top_p=0.0: must lie in \(0, 1\]"),
         (
-            "objective.sampler.steps=3",
+            "+objective.sampler.steps=3",
             r"objective.sampler.steps=3: has no effect: objective=autoregressive has no",
         ),
     ],
@@ -104,14 +104,14 @@ def test_wrong_keys_are_one_line(shared_tmp: Path, tmp_path: Path, given: str, l
 
 def test_codes_without_their_objective_have_no_effect(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"objective.sampler.top_k=3: has no effect: objective=flow makes no image"):
-        compose(["experiment=smoke", "objective.sampler.top_k=3", f"paths.runs={tmp_path}"])
+        compose(["experiment=smoke", "+objective.sampler.top_k=3", f"paths.runs={tmp_path}"])
 
 
 def test_a_tokenizer_with_other_codes_or_patches_is_refused(shared_tmp: Path, tmp_path: Path) -> None:
     other = configured(shared_tmp, tmp_path, "objective.image_tokenizer.codebook_size=24")
     with pytest.raises(ConfigError, match=r"^objective.codebook_size=16: must be 24, the codes of the image token"):
         arc.run(other)
-    coarse = configured(shared_tmp, tmp_path, "objective.image_tokenizer.patch=2")
+    coarse = configured(shared_tmp, tmp_path, "+objective.image_tokenizer.patch=2")
     with pytest.raises(ConfigError, match=r"one code stands for 2 x 2 pixels, a patch of the corpus is 4 x 4$"):
         arc.run(coarse)
 
