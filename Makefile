@@ -38,8 +38,9 @@ study: $(STAMP) ## run a study, what is left of it, and write its report; e.g. m
 	@test "$(STUDY)" != none || { echo "error: STUDY is missing; one of: $$(cd conf/study && ls *.yaml | sed 's/.yaml//' | grep -v none | xargs)" >&2; exit 2; }
 	$(BIN)/python src/train.py study=$(STUDY) hydra/launcher=joblib hydra.launcher.n_jobs=$(PROCESSES) threads=1 $(ARGS)
 
+# Each file of tests in one process: what its tests share (a trained run, a report) is then made once.
 test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARGS
-	$(BIN)/python -m pytest -n $(PROCESSES) $(ARGS)
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow -n $(PROCESSES) $(ARGS)

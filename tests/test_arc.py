@@ -29,6 +29,10 @@ GOLDEN = Path(__file__).parent / "golden"
 TORCH = ".".join(torch.__version__.split(".")[:2])
 
 
+FEW = ("phases=none", "phases.steps=2", "evaluation.every=0")
+"""Of a run whose training does not matter."""
+
+
 def overrides(shared: Path, runs: Path, *more: str) -> list[str]:
     paths = [f"paths.runs={runs}", f"paths.data={shared / 'data'}", f"paths.cache={shared / 'cache'}"]
     return ["experiment=smoke", "log_every=1", "logger.tensorboard=null", *paths, *more]
@@ -119,30 +123,32 @@ def test_two_runs_are_bit_equal(shared_tmp: Path, tmp_path: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_arms_share_the_parent_and_dense_has_its_own(tmp_path: Path) -> None:
+def test_arms_share_the_parent_and_dense_has_its_own(shared_tmp: Path, tmp_path: Path) -> None:
     parents = []
     for system in ("symbiotic", "standard_moe", "dense"):
-        few = ("phases=none", "phases.steps=2")
-        config = run(tmp_path, tmp_path / "runs", f"system={system}", *few, "evaluation.every=0")
+        config = run(tmp_path, tmp_path / "runs", f"system={system}", *FEW, f"paths.data={shared_tmp / 'data'}")
         parents.append(read_json(Path(config.run_dir) / "summary.json")["parent"])
     assert parents[0] == parents[1] != parents[2]
     assert len(list((tmp_path / "cache" / "stage0").iterdir())) == 2
 
 
-def test_a_parent_alone_is_made_once_and_then_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = run(tmp_path, tmp_path / "runs", "parent_only=true")
+def test_a_parent_alone_is_made_once_and_then_found(
+    shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = f"paths.data={shared_tmp / 'data'}"
+    config = run(tmp_path, tmp_path / "runs", data, "parent_only=true")
     (parent,) = (tmp_path / "cache" / "stage0").glob("*/parent.safetensors")
     made = parent.stat().st_mtime_ns
     assert not (Path(config.run_dir) / "init.safetensors").exists()
     capsys.readouterr()
-    whole = run(tmp_path, tmp_path / "runs", "phases=none", "phases.steps=2", "evaluation.every=0")
+    whole = run(tmp_path, tmp_path / "runs", data, *FEW)
     assert "take the cached parent" in capsys.readouterr().out
     assert parent.stat().st_mtime_ns == made
     assert read_json(Path(whole.run_dir) / "summary.json")["parent"] == f"stage 0 {parent.parent.name}"
 
 
 def test_a_finished_run_is_not_run_again(shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = run(shared_tmp, tmp_path)
+    config = run(shared_tmp, tmp_path, *FEW)
     first = (Path(config.run_dir) / "model.safetensors").stat().st_mtime_ns
     capsys.readouterr()
     value = arc.run(config)
@@ -153,10 +159,10 @@ def test_a_finished_run_is_not_run_again(shared_tmp: Path, tmp_path: Path, capsy
 
 def test_a_parent_from_a_checkpoint_gives_the_weights_of_that_parent(shared_tmp: Path, tmp_path: Path) -> None:
     """The split may differ (without a stage 0 the profile is of the understanding part of the mix): the rest not."""
-    one = run(shared_tmp, tmp_path / "one")
+    one = run(shared_tmp, tmp_path / "one", *FEW)
     key = read_json(Path(one.run_dir) / "summary.json")["parent"].split()[-1]
     parent = shared_tmp / "cache" / "stage0" / key / "parent.safetensors"
-    two = run(shared_tmp, tmp_path / "two", "init=checkpoint", f"init.checkpoint={parent}")
+    two = run(shared_tmp, tmp_path / "two", *FEW, "init=checkpoint", f"init.checkpoint={parent}")
     a, b = (load_state(Path(config.run_dir) / "init.safetensors") for config in (one, two))
     assert a.keys() == b.keys()
     common = [name for name in a if ".moe.pools." not in name and ".moe.routers." not in name]
@@ -165,7 +171,7 @@ def test_a_parent_from_a_checkpoint_gives_the_weights_of_that_parent(shared_tmp:
 
 
 def test_a_run_does_not_go_on_from_another_parent(shared_tmp: Path, tmp_path: Path) -> None:
-    config = run(shared_tmp, tmp_path, "phases=none", "phases.steps=2", "evaluation.every=0")
+    config = run(shared_tmp, tmp_path, *FEW)
     (Path(config.run_dir) / "summary.json").unlink()
     found = read_json(Path(config.run_dir) / "receipt.json")
     write_json(Path(config.run_dir) / "receipt.json", found | {"parent": "stage 0 of yesterday"})
@@ -208,7 +214,7 @@ def test_a_model_that_the_corpus_does_not_fit_is_refused(
 
 
 def test_a_parent_of_another_size_is_refused_by_name(shared_tmp: Path, tmp_path: Path) -> None:
-    one = run(shared_tmp, tmp_path / "one")
+    one = run(shared_tmp, tmp_path / "one", *FEW)
     parent = Path(one.run_dir) / "model.safetensors"  # a split model is no parent
     with pytest.raises(RunError, match=r"no parameter .blocks\.0\.moe\.pools\.all\.w_in."):
         run(shared_tmp, tmp_path / "two", "init=checkpoint", f"init.checkpoint={parent}")

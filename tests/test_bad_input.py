@@ -348,7 +348,11 @@ def test_expected_failures_are_one_line_and_bugs_are_not() -> None:
     assert one_line(OSError(2, "No such file", "x")) is None
 
 
-def test_a_failing_member_is_one_line_and_leaves_the_others_alone(tmp_path: Path) -> None:
+def test_a_failing_member_is_one_line_and_leaves_the_others_alone(
+    shared_tmp: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("data", "cache"):
+        monkeypatch.setenv(f"SYMBIOTIC_{name.upper()}", str(shared_tmp / name))
     parent = tmp_path / "parent.safetensors"
     parent.write_text("no checkpoint")
     overrides = ["phases.steps=2", "phases.shield_steps=1", "evaluation.every=0", f"init.checkpoint={parent},null"]

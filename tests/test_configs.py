@@ -20,7 +20,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from symbiotic.checks.values import TRAINER_KEYS
-from symbiotic.config import CONF, Composer, _ablated, instantiate, run_name, save_config
+from symbiotic.config import CONF, Composer, _ablated, _compose, _state, instantiate, run_name, save_config
 from symbiotic.convert.split import assign, split_state
 from symbiotic.launch import Failure, check_members, members, prepare_runs
 from symbiotic.layout import (
@@ -104,6 +104,37 @@ def test_the_axes_are_independent(composer: Composer, system: str, rates: str, m
     config = composer.config(["experiment=smoke", f"system={system}", f"rates={rates}", f"mix={mix}"])
     assert config.system.name == system
     assert bool(config.mix.drop) == (mix == "und_only")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "multirun"),
+    [
+        ([], False),
+        (["experiment=smoke", "system=mot", "seed=3", "~callbacks.progress", "+callbacks.mine={a: 1}"], False),
+        (["callbacks=[default,ema]", "rates.lr=1", "ablation=[ratio_3_1,no_shielding]", "++a.b='x y'"], False),
+        (["mix={drop: [t2i]}", "study=main_job", "experiment=smoke", "paths.runs=${oc.env:HOME}"], False),
+        (["experiment=smoke", "system=standard_moe,symbiotic", "seed=0,1", "phases.steps=7"], True),
+    ],
+)
+def test_a_choice_of_options_that_is_known_composes_to_what_hydra_makes_of_it(
+    composer: Composer, overrides: list[str], multirun: bool
+) -> None:
+    expected = _compose("train", overrides, multirun)
+    for _ in range(2):
+        found = composer.composed(overrides, multirun)
+        assert found == expected
+        assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(expected)
+        assert OmegaConf.is_struct(found)
+        found.seed = 99  # it is a copy
+
+
+def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "a.yaml").write_text("width: 3")
+    first = _state(tmp_path)
+    assert _state(tmp_path) == first
+    (tmp_path / "model" / "a.yaml").write_text("width: 31")
+    assert _state(tmp_path) != first
 
 
 def test_shared_rates_are_no_option_of_their_own(composer: Composer) -> None:

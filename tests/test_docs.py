@@ -109,12 +109,18 @@ def test_every_system_has_its_row() -> None:
     assert shown == {path.stem for path in (CONF / "system").glob("*.yaml")}
 
 
-def test_the_run_folder_is_as_described(shared_tmp: Path, tmp_path: Path) -> None:
-    """Every file of a run is described, and every described one is there."""
-    paths = [f"paths.runs={tmp_path}", f"paths.data={shared_tmp / 'data'}", f"paths.cache={shared_tmp / 'cache'}"]
+@pytest.fixture(scope="module")
+def folder(shared_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a smoke run."""
+    runs = tmp_path_factory.mktemp("runs")
+    paths = [f"paths.runs={runs}", f"paths.data={shared_tmp / 'data'}", f"paths.cache={shared_tmp / 'cache'}"]
     config = compose(["experiment=smoke", *paths])
     arc.run(config)
-    folder = Path(config.run_dir)
+    return Path(config.run_dir)
+
+
+def test_the_run_folder_is_as_described(folder: Path) -> None:
+    """Every file of a run is described, and every described one is there."""
     assert re.fullmatch(r"symbiotic-[0-9a-f]{8}-seed0", folder.name)
     described = [pattern for cells in rows(section("The run folder")) for pattern in code(cells[0])]
     found = {p: {f for g in folder.glob(p) for f in (g.rglob("*") if g.is_dir() else [g])} for p in described}
@@ -175,13 +181,10 @@ def test_a_wrong_row_is_seen() -> None:
 # --------------------------------------------------------------------------- metrics
 
 
-def test_every_logged_metric_is_documented(shared_tmp: Path, tmp_path: Path) -> None:
+def test_every_logged_metric_is_documented(folder: Path) -> None:
     """Each column of a run's metrics.csv matches a name of docs/metrics.md, and each name there occurs or is named
     here with the reason."""
-    paths = [f"paths.runs={tmp_path}", f"paths.data={shared_tmp / 'data'}", f"paths.cache={shared_tmp / 'cache'}"]
-    config = compose(["experiment=smoke", *paths])
-    arc.run(config)
-    logged = set(last_values(Path(config.run_dir) / "metrics.csv"))
+    logged = set(last_values(folder / "metrics.csv"))
     documented = [name for cells in rows(METRICS_PAGE) for name in code(cells[0])]
     patterns = {name: re.compile(metric_pattern(name)) for name in documented}
     assert [name for name in logged if not any(p.fullmatch(name) for p in patterns.values())] == []

@@ -6,9 +6,11 @@ and launches; its search for near misses, its tracebacks and its time-stamped fo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
+import pickle
 import tempfile
 import types
 import typing
@@ -95,10 +97,11 @@ def _as_dict(container: Any) -> dict[str, Any]:
     return container
 
 
-def resolved(raw: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(raw: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
     """Interpolations replaced, and what a config may leave open closed: roles set to null have the common rate,
     phases without a step and a stage 0 that a checkpoint replaces are left out."""
-    plain = _as_dict(OmegaConf.to_container(OmegaConf.create(dict(raw)), resolve=True))
+    tree = raw if isinstance(raw, DictConfig) else OmegaConf.create(dict(raw))
+    plain = _as_dict(OmegaConf.to_container(tree, resolve=True))
     rates, phases, init = (plain.get(group) for group in ("rates", "phases", "init"))
     if isinstance(rates, dict) and isinstance(rates.get("by_role"), dict):
         rates["by_role"] = {role: rate for role, rate in rates["by_role"].items() if rate is not None}
@@ -130,8 +133,11 @@ def load(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence
             raise ConfigError(f"{name}={node}: must be a mapping with the keys of the group {name}")
     ablated = ablations(choices, overrides)
     extra = {"ablation": ablated}
-    parse(Config, resolved({**raw, "run_dir": ""}) | extra)  # first without the folder, whose name is made of the rest
-    plain = resolved({**raw, "run_dir": OmegaConf.create(dict(raw))["run_dir"]}) | extra
+    tree = OmegaConf.create({**raw, "run_dir": ""})  # made once: that takes longer than all the rest
+    parse(Config, resolved(tree) | extra)  # first without the folder, whose name is made of the rest
+    tree["run_dir"] = raw.get("run_dir", "???")
+    tree["run_dir"] = tree["run_dir"]
+    plain = resolved(tree) | extra
     config = parse(Config, plain)
     built = {f"{group}.{name}": node for group in ("callbacks", "logger") for name, node in plain[group].items()}
     built |= {f"evaluation.benchmarks.{name}": node for name, node in config.evaluation.benchmarks.items()}
@@ -192,6 +198,29 @@ def _leaves(key: str, value: Any) -> dict[str, Any]:
 # --------------------------------------------------------------------------- composing
 
 
+def _compose(config_name: str, overrides: list[str], multirun: bool) -> DictConfig:
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
+    mode = RunMode.MULTIRUN if multirun else RunMode.RUN
+    return hydra.compose_config(config_name, overrides, mode, validate_sweep_overrides=not multirun)
+
+
+@functools.lru_cache(maxsize=256)
+def _options(config_name: str, overrides: tuple[str, ...], multirun: bool, state: Any) -> bytes:
+    """The config of chosen options, pickled. state: of the files that it is read from."""
+    return pickle.dumps(_compose(config_name, list(overrides), multirun))
+
+
+def _state(folder: str | Path) -> tuple[Any, ...]:
+    """Of the files of a folder: another after any of them was changed."""
+    with os.scandir(folder) as entries:
+        listed = sorted(entries, key=lambda entry: entry.name)
+    return tuple(_state(e.path) if e.is_dir() else (e.path, e.stat().st_mtime_ns, e.stat().st_size) for e in listed)
+
+
 class Composer:
     """Hydra's own composition with errors as one line. Use inside `hydra.initialize_config_dir`."""
 
@@ -200,21 +229,36 @@ class Composer:
 
         self.hydra, self.config_name = GlobalHydra.instance().hydra, config_name
         assert self.hydra is not None
+        folders = self.hydra.config_loader.get_search_path().get_path()
+        self.shipped = str(CONF) in [one.path for one in folders]
 
     def composed(self, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
         """Raises ConfigError."""
-        from hydra.types import RunMode
-
-        assert self.hydra is not None
         try:
-            return self.hydra.compose_config(
-                config_name=self.config_name,
-                overrides=list(overrides),
-                run_mode=RunMode.MULTIRUN if multirun else RunMode.RUN,
-                validate_sweep_overrides=not multirun,
-            )
+            return self._quickly(list(overrides), multirun)
         except Exception as error:  # OmegaConf also raises AttributeError, AssertionError, …
             raise ConfigError(explain(error, overrides, self.known, CONF)) from error
+
+    def _quickly(self, overrides: list[str], multirun: bool) -> DictConfig:
+        """What Hydra composes. Putting the chosen options together takes it half a second: that is done once for each
+        choice, and the values are set on a copy."""
+        from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        about_hydra = any(o.key_or_group.startswith("hydra") or o.package is not None for o in parsed)
+        if about_hydra or not self.shipped or (not multirun and any(o.is_sweep_override() for o in parsed)):
+            return _compose(self.config_name, overrides, multirun)
+        plain = [o for o in parsed if not o.is_sweep_override()]
+        values = [o for o in plain if not (CONF / o.key_or_group).is_dir() or isinstance(o.value(), dict)]
+        options = tuple(str(o.input_line) for o in plain if o not in values)
+        cfg: DictConfig = pickle.loads(_options(self.config_name, options, multirun, _state(CONF)))
+        ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
+        names = cfg.hydra.job.config.override_dirname
+        folder = get_overrides_dirname(parsed, names.exclude_keys, names.item_sep, names.kv_sep)
+        cfg.hydra.overrides.task, cfg.hydra.job.override_dirname = overrides, folder
+        cfg.hydra.runtime.cwd = str(Path.cwd())
+        return cfg
 
     def known(self, overrides: Sequence[str] = ()) -> dict[str, Any]:
         """Keys that may be set, and the groups, where only those of `overrides` hold that choose an option."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -18,7 +19,9 @@ from symbiotic.callbacks.in_loop_evaluation import read_scores
 from symbiotic.evaluation.names import metric
 from symbiotic.runs import digest, read_json, write_json
 from symbiotic.schema import RunError
-from symbiotic.studies.report import COLUMNS, report_of, write_report
+from symbiotic.studies.report import COLUMNS, document_of, report_of, results_csv, write_report
+from symbiotic.studies.report_html import html
+from symbiotic.studies.report_html import markdown as as_markdown
 from symbiotic.studies.report_tables import number
 from symbiotic.studies.study import Study, study_of
 
@@ -62,6 +65,11 @@ def page(report: Path) -> str:
 @pytest.fixture(scope="module")
 def markdown(report: Path) -> str:
     return (report / "report.md").read_text()
+
+
+def text_of(study: Study, runs: Path, factors: list[str] | None = None) -> str:
+    """The Markdown of a report, without its figures."""
+    return as_markdown(document_of(study, runs, factors)[1])
 
 
 def section(text: str, title: str) -> str:
@@ -142,8 +150,7 @@ def test_a_seed_without_a_number_is_said_at_the_cell_and_among_the_problems(
     results = read_json(path)
     results["scores"]["reading"]["value"] = None
     write_json(path, results)
-    report_of(study, root, tmp_path / "report")
-    text = (tmp_path / "report" / "report.md").read_text()
+    text = text_of(study, root)
     row = next(line for line in section(text, "Results").splitlines() if line.startswith("| standard<"))
     assert "<br><sub>reference; n 2 of 3 seeds</sub>" in row
     assert row.count("of 3 seeds") == 1
@@ -161,12 +168,12 @@ def test_averages_and_quick_looks_are_on_their_side_and_no_part_of_a_benchmark(t
         lines = [json.loads(line) for line in path.read_text().splitlines()]
         rows = [json.dumps(line | {"scores": line["scores"] | known}) for line in lines]
         path.write_text("\n".join(rows) + "\n")
-    report_of(Study(), root, tmp_path / "report")
-    text = (tmp_path / "report" / "report.md").read_text()
+    data, made = document_of(Study(), root)
+    text = as_markdown(made)
     assert "flow error" in section(text, "Results")
     assert "averaged weights" not in section(text, "Results")
     assert "ema/" not in section(text, "Summary")
-    table = pd.read_csv(tmp_path / "report" / "results.csv")
+    table = pd.read_csv(io.StringIO(results_csv(data)))
     assert set(table[table.score == "ema/flow_error"].better) == {"lower"}
     facts = metric("ema/quick/flow_error")
     assert (facts.side, facts.better) == ("generation", "lower")
@@ -177,8 +184,7 @@ def test_equal_ends_are_said_once(tmp_path: Path) -> None:
     root = tmp_path / "made_up"
     for arm, more in (("symbiotic", ()), ("standard_moe", ("system=standard_moe", "phases=none"))):
         write_run(root, arm, 0, more)
-    write_report(root, "none", ["system", "phases"], root / "report")
-    said = section((root / "report" / "report.md").read_text(), "Summary")
+    said = section(text_of(Study(), root, ["system", "phases"]), "Summary")
     assert "Reading ends at 0.850 in all arms, from 0.900 at stage 0." in said
     assert "ends between" not in said
 
@@ -267,8 +273,8 @@ def test_the_same_runs_give_the_same_bytes(study: Study, runs: Path, report: Pat
 
 def test_one_seed_has_no_interval_and_no_verdict(study: Study, tmp_path: Path) -> None:
     root = write_study(tmp_path / "made_up", seeds=(1,))
-    report_of(study_of({"study": STUDY | {"seeds": [1]}}), root, tmp_path / "report")
-    text = (tmp_path / "report" / "report.md").read_text()
+    _, made = document_of(study_of({"study": STUDY | {"seeds": [1]}}), root)
+    text = as_markdown(made)
     assert "There is one seed: no deviation, no interval, and no verdict." in section(text, "Summary")
     assert "±" not in section(text, "Results")
     assert "[" not in section(text, "Forgetting and interference").replace("![", "")
@@ -276,7 +282,7 @@ def test_one_seed_has_no_interval_and_no_verdict(study: Study, tmp_path: Path) -
     verdicts = section(text, "Verdicts")
     assert "One seed: there is no interval, so no verdict." in verdicts
     assert not re.search("supported|undecided|interval .*[0-9]", verdicts.replace("so no interval", ""))
-    assert faults((tmp_path / "report" / "report.html").read_text()) == []
+    assert faults(html(made)) == []
 
 
 def test_an_arm_whose_alarm_intervened_is_marked(tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from studies.studied import MADE, write_run
 from symbiotic.schema import ConfigError
 from symbiotic.studies import results_file
 from symbiotic.studies.plan import cells_of
-from symbiotic.studies.report import report_of
+from symbiotic.studies.report import document_of, report_of
+from symbiotic.studies.report_html import markdown
 from symbiotic.studies.runs_of import read_run
 from symbiotic.studies.study import Study, study_of
 
@@ -77,13 +78,14 @@ def folder(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text_of(study: Study, folder: Path) -> str:
-    report_of(study, folder, folder / "report")
-    return (folder / "report" / "report.md").read_text().replace("\\", "")
+    """The Markdown of the report, without its figures."""
+    return markdown(document_of(study, folder)[1]).replace("\\", "")
 
 
 @pytest.fixture(scope="module")
 def text(study: Study, folder: Path) -> str:
-    return text_of(study, folder)
+    report_of(study, folder, folder / "report")
+    return (folder / "report" / "report.md").read_text().replace("\\", "")
 
 
 def test_effects_stand_in_the_report_with_their_intervals(text: str) -> None:

@@ -98,7 +98,7 @@ def faults(text: str) -> list[str]:
 
 def picture(value: int = 0) -> Picture:
     pixels = np.full((4, 6, 3), value, np.uint8)
-    return Picture(HOSTILE, pixels, 255 - pixels)
+    return Picture(HOSTILE, lambda theme: pixels if theme is LIGHT else 255 - pixels)
 
 
 ROW = Row(HOSTILE, [Cell(HOSTILE, HOSTILE, True)], "anchor", HOSTILE, picture())

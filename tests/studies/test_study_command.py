@@ -24,15 +24,21 @@ SMALL = ["study=smoke", "++study.leave_out=[{rates: 'one rate'}]", "study.refere
 """Two arms, one seed."""
 
 
-def start(root: Path, arguments: list[str], project_root: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, **{f"SYMBIOTIC_{n.upper()}": str(root / n) for n in ("runs", "data", "cache")}}
+def places(root: Path, shared: Path | None = None) -> dict[str, str]:
+    """Where a study reads and writes. shared: of the data and the parents of all tests."""
+    folders = {"runs": root / "runs", "data": (shared or root) / "data", "cache": (shared or root) / "cache"}
+    return {f"SYMBIOTIC_{name.upper()}": str(folder) for name, folder in folders.items()}
+
+
+def start(root: Path, arguments: list[str], project_root: Path, shared: Path | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | places(root, shared)
     command = [sys.executable, "src/train.py", *arguments]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=project_root, env=environment, start_new_session=True, **pipes)  # type: ignore[call-overload,no-any-return]
 
 
-def finished(root: Path, arguments: list[str], project_root: Path) -> tuple[int, str]:
-    process = start(root, arguments, project_root)
+def finished(root: Path, arguments: list[str], project_root: Path, shared: Path | None = None) -> tuple[int, str]:
+    process = start(root, arguments, project_root, shared)
     out, _ = process.communicate()
     return process.returncode, out
 
@@ -45,13 +51,19 @@ def kill_when(process: subprocess.Popen[str], ready: Callable[[], bool]) -> None
     process.communicate()
 
 
-def test_a_study_that_is_killed_goes_on_and_ends_in_a_report(tmp_path: Path, project_root: Path) -> None:
+def test_a_study_that_is_killed_goes_on_and_ends_in_a_report(
+    shared_tmp: Path,
+    tmp_path: Path,
+    project_root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     folder = tmp_path / "runs" / "smoke"
-    process = start(tmp_path, SMALL, project_root)
+    process = start(tmp_path, SMALL, project_root, shared_tmp)
     kill_when(process, lambda: len(read_rows(folder / FILE)) == 1)
     assert process.returncode == -signal.SIGKILL
     first = read_rows(folder / FILE)
-    status, out = finished(tmp_path, SMALL, project_root)
+    status, out = finished(tmp_path, SMALL, project_root, shared_tmp)
     assert status == 0, out
     assert re.search(r"study smoke: 1 of 2 runs are there; to make: 1 runs, 0 parents: about [\d.]+ hours", out)
     assert "run of two pools, two rates, seed 0: done" in out
@@ -61,14 +73,17 @@ def test_a_study_that_is_killed_goes_on_and_ends_in_a_report(tmp_path: Path, pro
     report = (folder / "report" / "report.md").read_text()
     assert "What each factor does" in report
     assert "step" in (folder / rows[0]["run"] / "output.txt").read_text()
-    status, out = finished(tmp_path, SMALL, project_root)
-    assert (status, "to make: 0 runs" in out) == (0, True)
+    for name, place in places(tmp_path, shared_tmp).items():
+        monkeypatch.setenv(name, place)
+    study._composed.cache_clear()  # which knows the folders of the test before
+    assert launched(*SMALL) == 0
+    assert "to make: 0 runs" in capsys.readouterr().out
 
 
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("runs", "data", "cache"):
-        monkeypatch.setenv(f"SYMBIOTIC_{name.upper()}", str(tmp_path / name))
+    for name, place in places(tmp_path).items():
+        monkeypatch.setenv(name, place)
     study._composed.cache_clear()  # which knows the folders of the test before
     return tmp_path
 

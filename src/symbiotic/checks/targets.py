@@ -7,6 +7,7 @@ is found before torch is loaded. Standard library only.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping
@@ -81,7 +82,7 @@ def _source_arguments(key: str, target: str) -> list[str] | None:
     path = _PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
     if not path.is_file():
         raise ConfigError(f"{key}._target_={target}: no such module; {near_miss(path.stem, _modules(path.parent))}")
-    classes = {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)}
+    classes = _classes(path)
     if name not in classes:
         raise ConfigError(f"{key}._target_={target}: no such class; {near_miss(name, classes)}")
     body = classes[name].body
@@ -92,6 +93,11 @@ def _source_arguments(key: str, target: str) -> list[str] | None:
         return [n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
     own = {ast.unparse(base) for base in classes[name].bases}
     return [] if own <= {"object", "Callback"} else None  # inherited from elsewhere: known at instantiation
+
+
+@functools.cache
+def _classes(path: Path) -> dict[str, ast.ClassDef]:
+    return {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)}
 
 
 def _modules(folder: Path) -> list[str]:

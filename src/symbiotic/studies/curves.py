@@ -35,8 +35,12 @@ def draw_instruments(folder: Path, path: Path) -> Path | None:
     panels = [(title, chosen) for title, pick in PANELS.items() if (chosen := pick(series))]
     if not panels:
         return None
-    figure = Figure(figsize=(11, 2.1 * -(-len(panels) // 2) + 0.6), layout="constrained")
-    axes = figure.subplots(-(-len(panels) // 2), 2, squeeze=False).reshape(-1)
+    rows = -(-len(panels) // 2)
+    height = 2.1 * rows + 0.6
+    figure = Figure(figsize=(11, height))
+    axes = figure.subplots(rows, 2, squeeze=False).reshape(-1)
+    # Fixed, as finding the room that texts need takes matplotlib as long as drawing them.
+    figure.subplots_adjust(0.075, 0.3 / height, 0.99, 1 - 0.65 / height, wspace=0.13, hspace=0.38)
     events = [event for event in read_events(folder) if event["kind"] in EVENT_LINES]
     last = max(step for _, chosen in panels for steps, _ in chosen.values() for step in steps)
     for axis, (title, chosen) in zip(axes, panels, strict=False):

@@ -69,10 +69,21 @@ def report_of(
     trained: bool = False,
 ) -> list[Path]:
     """`write_report` of a study that was read. trained: of the scores of the training, whatever was evaluated."""
+    return write_files(*document_of(study, runs, factors, evaluation, command, trained), folder)
+
+
+def document_of(
+    study: Study,
+    runs: Path,
+    factors: Sequence[str] | None = None,
+    evaluation: EvalConfig | None = None,
+    command: str = "",
+    trained: bool = False,
+) -> tuple[StudyData, Document]:
+    """What the report holds, before any figure is drawn; arguments as those of `report_of`."""
     audit = audit_runs(runs, study, factors, None if trained else lambda run: evaluation_of(run, evaluation))
     data = StudyData.of(audit)
-    made = document(data, audit_blocks(audit), command, date_of(data))
-    return write_files(data, made, folder)
+    return data, document(data, audit_blocks(audit), command, date_of(data))
 
 
 def evaluation_of(run: Path, evaluation: EvalConfig | None) -> Path | None:

@@ -10,11 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from symbiotic.schema import RunError
 from symbiotic.studies.report_document import Document
-from symbiotic.studies.report_style import png
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 
@@ -43,9 +40,8 @@ def _environment(escape: bool) -> Any:
     return environment
 
 
-def data_uri(image: np.ndarray | bytes) -> str:
-    data = image if isinstance(image, bytes) else png(image)
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+def data_uri(image: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(image).decode()}"
 
 
 def plain_markdown(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,11 +71,19 @@ class Look:
 
 @dataclass(frozen=True)
 class Picture:
-    """A panel in both schemes. alt: what it shows, in words."""
+    """A panel in both schemes, each drawn when it is first looked at. alt: what it shows, in words."""
 
     alt: str
-    light: np.ndarray
-    dark: np.ndarray | None = None
+    draw: Callable[[Theme], np.ndarray]
+
+    @functools.cached_property
+    def light(self) -> np.ndarray:
+        return self.draw(LIGHT)
+
+    @functools.cached_property
+    def files(self) -> tuple[bytes, bytes]:
+        """In light and in dark, as PNG."""
+        return png(self.light), png(self.draw(DARK))
 
     @property
     def width(self) -> int:
@@ -118,15 +127,16 @@ def canvas(theme: Theme, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]
 
 
 def panel(draw: Draw, title: str, alt: str, size: tuple[float, float] = SIZE) -> Picture:
-    """One axis with a title, in both schemes."""
-    pixels = []
-    for theme in (LIGHT, DARK):
+    """One axis with a title."""
+
+    def drawn(theme: Theme) -> np.ndarray:
         with canvas(theme, size) as (figure, taken):
             axis = figure.subplots()
             draw(axis, theme)
             axis.set_title(title)
-            pixels.append(taken())
-    return Picture(f"{title}. {alt}", *pixels)
+            return taken()
+
+    return Picture(f"{title}. {alt}", drawn)
 
 
 def swatch(look: Look, name: str) -> Picture:
@@ -140,7 +150,7 @@ def swatch(look: Look, name: str) -> Picture:
             axis.set_axis_off()
             return taken()
 
-    return Picture(f"{name}: {look.words}", draw(LIGHT), draw(DARK))
+    return Picture(f"{name}: {look.words}", draw)
 
 
 def montage(pictures: Sequence[np.ndarray], looks: Mapping[str, Look], columns: int = 2) -> np.ndarray:
