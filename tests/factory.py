@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from omegaconf import OmegaConf
 
-from symbiotic.data.packing import GenImage, ReadImage, Sample, Text, build_sample, collate
+from symbiotic.data.packing import GenImage, ReadImage, Sample, Text, build_sample, collate, with_codes
 from symbiotic.models.batch import Batch
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.schema import KINDS, Attention, Model, Router, System, parse
@@ -48,9 +48,9 @@ def standard(model: Model) -> System:
     return load_system("standard_moe", model)
 
 
-def build(name: str, seed: int = 0, latents: bool = True, **changes: Any) -> UnifiedModel:
+def build(name: str, seed: int = 0, latents: bool = True, codebook: int = 0, **changes: Any) -> UnifiedModel:
     model = tiny_model(**changes)
-    return UnifiedModel(model, load_system(name, model), latents).initialise(seed)
+    return UnifiedModel(model, load_system(name, model), latents, codebook).initialise(seed)
 
 
 def samples(count: int, tasks: tuple[str, ...] = ("lm", "mmu", "t2i"), seed: int = 0) -> list[Sample]:
@@ -83,8 +83,28 @@ def random_batch(
     return collate(chosen, row_tokens, times=times, noises=noises)
 
 
+def code_batch(
+    codebook: int = 11, count: int = 9, tasks: tuple[str, ...] = ("lm", "mmu", "t2i"), seed: int = 0
+) -> Batch:
+    """As `random_batch`, its generated images random codes."""
+    rng = np.random.default_rng(seed + 2)
+    chosen = [with_codes(s, rng.integers(0, codebook, len(s.latents))) for s in samples(count, tasks, seed)]
+    return collate(chosen, 48)
+
+
 def level(value: float) -> torch.Tensor:
     return torch.tensor(value)
 
 
-__all__ = ["KINDS", "SYSTEMS", "build", "level", "load_system", "random_batch", "samples", "standard", "tiny_model"]
+__all__ = [
+    "KINDS",
+    "SYSTEMS",
+    "build",
+    "code_batch",
+    "level",
+    "load_system",
+    "random_batch",
+    "samples",
+    "standard",
+    "tiny_model",
+]

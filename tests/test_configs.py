@@ -23,7 +23,15 @@ from symbiotic.checks.values import TRAINER_KEYS
 from symbiotic.config import CONF, Composer, _ablated, _compose, _state, instantiate, run_name, save_config
 from symbiotic.convert.split import assign, split_state
 from symbiotic.launch import Failure, check_members, members, prepare_runs
-from symbiotic.layout import experts_seen, kinds_of, parameter_names, parent_system, pool_sizes, shield_kinds
+from symbiotic.layout import (
+    experts_seen,
+    kinds_of,
+    parameter_names,
+    parent_system,
+    pool_sizes,
+    shield_kinds,
+    trained_names,
+)
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.schema import KINDS, PARENT, Config, ConfigError, parse
 from symbiotic.training.roles import assign_roles
@@ -37,6 +45,9 @@ NEEDS = {  # options that mean nothing alone
     "init=checkpoint": ["init.checkpoint={file}"],
     "trainer=ddp": ["data.micro_batches=2"],
 }
+SHIELD = ("no_shielding", "release_0", "release_1", "shield_strict", "shield_vae_vit", "shield_weights")
+UNFIT = {f"ablation={name}": "shield" for name in SHIELD}  # for utamoe, which has no shield,
+UNFIT["ablation=router_only_split"] = "is seen by two"  # and no expert that two of its groups share
 OPTIONS = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for path in FILES
@@ -74,6 +85,10 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 @pytest.mark.parametrize("option", [option for option in OPTIONS if NEEDS.get(option, ()) is not None])
 def test_every_option_composes_and_validates(composer: Composer, experiment: str, option: str, tmp_path: Path) -> None:
+    if experiment.startswith("utamoe") and option in UNFIT:
+        with pytest.raises(ConfigError, match=UNFIT[option]):
+            composer.config([f"experiment={experiment}", option])
+        return
     file = tmp_path / "parent.safetensors"
     file.touch()
     more = [o.format(file=file) for o in NEEDS.get(option) or ()]
@@ -174,7 +189,8 @@ def test_every_ablation_is_one_delta_and_builds(composer: Composer, ablation: st
     made_of |= {"model.gen_fraction": "system.pools"}
     allowed = (*named, *(made_of[key] for key in named if key in made_of))
     assert all(key.startswith(allowed) for key in changed), changed
-    assert changed or ablation in ("none", "ratio_1_1")  # the embedded model's own ratio
+    so_anyway = ("none", "ratio_1_1", "no_task_router", "prompt_und")  # in the embedded model, in symbiotic
+    assert changed or ablation in so_anyway
     model = UnifiedModel(config.model, config.system)
     assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
     parent = parent_system(config.system, config.init.parent_shared)
@@ -205,6 +221,24 @@ def test_what_logs_steer_is_part_of_the_run_folder(composer: Composer) -> None:
 # --------------------------------------------------------------------------- what the values mean
 
 
+def test_the_stages_of_utamoe_refer_to_their_numbers(composer: Composer) -> None:
+    phases = composer.config(["experiment=utamoe", "phases.steps=20", "phases.stage1_steps=8"]).phases
+    assert [(p.name, p.until, p.route_by) for p in phases.list] == [("stage1", 8, "truth"), ("stage2", 20, "predicted")]
+    only = {n: composer.config(["experiment=utamoe", f"phases.stage1_steps={n}"]).phases.list for n in (0, 450)}
+    assert {n: [p.name for p in listed] for n, listed in only.items()} == {0: ["stage2"], 450: ["stage1"]}
+
+
+def test_the_ablations_of_task_routing(composer: Composer) -> None:
+    """Lookup by task, lookup by modality, and symbiotic's pools by task: one delta each, which combine."""
+    lookup = composer.config(["experiment=utamoe", "ablation=no_task_router"]).system
+    assert (lookup.task_router, lookup.visible["prompt"], lookup.top_k) == (False, ("gen",), 1)
+    modality = composer.config(["experiment=utamoe", "ablation=[no_task_router,prompt_und]"]).system
+    assert (modality.task_router, modality.visible["prompt"]) == (False, ("und",))
+    assert composer.config(["ablation=prompt_gen"]).system.visible["prompt"] == ("gen",)
+    two = composer.config(["experiment=utamoe", "ablation=two_experts"])
+    assert pool_sizes(two.model, two.system) == {"und": 2, "gen": 2}
+
+
 def test_phases_refer_to_their_three_numbers(composer: Composer) -> None:
     phases = composer.config(["phases.steps=200", "phases.shield_steps=50", "phases.release_scale=0.25"]).phases
     assert [(p.name, p.until, p.shield) for p in phases.list] == [("shield", 50, 1.0), ("joint", 200, 0.75)]
@@ -216,9 +250,11 @@ def test_a_phase_without_a_step_is_left_out(composer: Composer) -> None:
 
 
 def test_a_role_set_to_null_has_the_common_rate(composer: Composer) -> None:
-    assert composer.config([]).rates.by_role == {"gen": 3e-3, "latent": 3e-3}
+    high = dict.fromkeys(("gen", "latent", "task", "lora"), 3e-3)
+    assert composer.config([]).rates.by_role == high
     assert composer.config(["rates=uniform"]).rates.by_role == {}
-    assert composer.config(["rates.by_role.gen=null"]).rates.by_role == {"latent": 3e-3}
+    without = {role: rate for role, rate in high.items() if role != "gen"}
+    assert composer.config(["rates.by_role.gen=null"]).rates.by_role == without
 
 
 def test_a_checkpoint_replaces_stage_0(composer: Composer, tmp_path: Path) -> None:
@@ -241,19 +277,24 @@ def test_a_saved_config_reads_back_as_itself(composer: Composer, tmp_path: Path)
 def test_parameter_names_and_roles_are_those_of_the_model(composer: Composer, system: str) -> None:
     dials = ["model.attention.qkv_bias=true", "model.gated_shared=true", "model.tied_head=true"]
     dense = ["model.dense_layers=[0]", "model.dense_hidden=16"]
-    for overrides in ([], [*dials, *dense], ["model.attention.qk_norm=none"]):
+    for overrides in ([], [*dials, *dense, "lora=r16"], ["model.attention.qk_norm=none"]):
         config = composer.config(["experiment=smoke", f"system={system}", *overrides])
         for layout, latents in ((config.system, True), (parent_system(config.system), False)):
             names = [name for name, _ in UnifiedModel(config.model, layout, latents).named_parameters()]
             assert sorted(parameter_names(config.model, layout, latents)) == sorted(names)
             assert set(assign_roles(names, config.rates.roles)) == set(names)
+        adapted = UnifiedModel(config.model, config.system).adapt(config.lora, 0)
+        names = [name for name, _ in adapted.named_parameters()]
+        assert sorted(trained_names(config)) == sorted(names)
+        roles = assign_roles(names, config.rates.roles)
+        assert ("lora" in roles.values()) == ("lora=r16" in overrides)
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_expert_is_seen_and_the_parent_has_one_of_each(composer: Composer, system: str) -> None:
     config = composer.config([f"system={system}"])
     sizes = pool_sizes(config.model, config.system)
-    assert sum(sizes.values()) == (config.model.num_experts if sizes else 0)
+    assert sum(sizes.values()) * config.system.merge == (config.model.num_experts if sizes else 0)
     assert all(kinds_of(config.system, f"pools.{pool}") for pool in sizes)
     parent = parent_system(config.system)
     assert pool_sizes(config.model, parent) == ({PARENT: 16} if sizes else {})

@@ -189,7 +189,10 @@ def test_every_logged_metric_is_documented(folder: Path) -> None:
     patterns = {name: re.compile(metric_pattern(name)) for name in documented}
     assert [name for name in logged if not any(p.fullmatch(name) for p in patterns.values())] == []
     unused = {name for name, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in logged)}
-    assert unused == {"eval/quick/SCORE", "eval/ema/SCORE", "eval/ema/quick/SCORE"}  # off by default; see test_eval.py
+    off = {"eval/quick/SCORE", "eval/ema/SCORE", "eval/ema/quick/SCORE"}  # by default; see test_eval.py
+    task = {name for name in documented if "task" in name}  # of system=utamoe; see callbacks/test_task_routing.py
+    codes = {"train/image_ce"}  # of objective=autoregressive; see test_codes_run.py
+    assert unused == off | task | codes
 
 
 METRICS_PAGE = (ROOT / "docs" / "metrics.md").read_text()
@@ -202,7 +205,7 @@ def metric_pattern(name: str) -> str:
         "GROUP": "(text|prompt|vit|vae|und|all)",
         "SCORE": r"[\w.]+",
     }
-    words |= {"@F": r"@[\d.]+", "layerI": r"layer\d+", "METRIC": r"[\w@.]+"}
+    words |= {"POOL": r"[\w+]+", "@F": r"@[\d.]+", "layerI": r"layer\d+", "METRIC": r"[\w@.]+"}
     pattern = re.escape(name)
     for word, meaning in words.items():
         pattern = pattern.replace(re.escape(word), meaning)

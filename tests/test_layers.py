@@ -13,9 +13,9 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 FILES = {str(path.relative_to(SRC)): path for path in sorted(SRC.rglob("*.py"))}
 INITS = [name for name in FILES if name.endswith("__init__.py")]
 LAYERS = [
-    {"schema", "layout"},
+    {"schema", "layout", "files"},
     {"models"},
-    {"objectives", "training", "convert"},
+    {"objectives", "training", "convert", "images"},
     {"generation", "data"},
     {"evaluation"},
     {"module", "callbacks"},

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from symbiotic import runs
+from symbiotic import files, runs
 from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError
 from symbiotic.runs import (
     Journal,
@@ -58,8 +58,9 @@ def test_digest_is_of_the_content() -> None:
 
 
 def test_the_code_of_a_run_is_what_computes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = Path(runs.PACKAGE)
-    monkeypatch.setattr(runs, "PACKAGE", shutil.copytree(package, tmp_path / "symbiotic"))
+    package = shutil.copytree(runs.PACKAGE, tmp_path / "symbiotic")
+    for module in (runs, files):
+        monkeypatch.setattr(module, "PACKAGE", package)
     before = run_code()
     for name in ("launch.py", "studies/report.py", "claim.py"):
         (tmp_path / "symbiotic" / name).write_text("# another report, another order of runs\n")

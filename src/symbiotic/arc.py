@@ -31,6 +31,7 @@ from symbiotic.config import instantiate, save_config
 from symbiotic.convert.profile import expert_counts
 from symbiotic.convert.receipt import receipt
 from symbiotic.convert.split import assign, split_state
+from symbiotic.data.image_codes import ImageCodes, encode_corpus
 from symbiotic.data.loader import MicroBatches
 from symbiotic.data.plan import DataPlan
 from symbiotic.data.shards import ShardIndex
@@ -41,9 +42,11 @@ from symbiotic.evaluation.embedded import EmbeddedEvaluation, Scores
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
+from symbiotic.images.tokenizer import ImageTokenizer
 from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
-from symbiotic.models.unified import UnifiedModel
+from symbiotic.models.lora import is_lora
+from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.runs import (
     Journal,
     check_same_code,
@@ -59,11 +62,11 @@ from symbiotic.runs import (
     write_json,
     write_text,
 )
-from symbiotic.schema import Config, ConfigError, Objective, Phase, Phases, RunError, Surgery
+from symbiotic.schema import Config, ConfigError, Lora, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
 from symbiotic.trained import EMA as EMA_FILE
-from symbiotic.trained import FINAL, TOKENIZER
+from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, TOKENIZER
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 
@@ -85,7 +88,7 @@ def run(config: Config) -> float:
         ConfigError, DataError, RunError: what is wrong, in one line.
     """
     torch.set_num_threads(config.threads)
-    model = UnifiedModel(config.model, config.system).initialise(config.seed)
+    model = model_of(config).initialise(config.seed).adapt(config.lora, config.seed)
     roles = assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
     summary.show_plan(config, model, set(roles.values()))
     if config.dry_run:
@@ -150,15 +153,34 @@ class Arc:
         write_text(self.folder / TOKENIZER, words)  # a run answers and draws without its corpus
         evaluation = self.config.evaluation
         more = make_benchmarks(evaluation)
-        self.evaluation = EmbeddedEvaluation(
-            self.data, evaluation, self.config.objective, evaluation.scorers, list(more.values())
-        )
         self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)
+        self.prepare_codes()
+        self.tokenizer = Tokenizer.load(self.data / TOKENIZER)
+        self.tokenizer.images = self.images
+        self.evaluation = EmbeddedEvaluation(
+            self.data, evaluation, self.config.objective, evaluation.scorers, list(more.values()), self.images
+        )
+
+    def prepare_codes(self) -> None:
+        """The image tokenizer, and the codes of the corpus's generated images, where the objective wants codes."""
+        self.images: ImageTokenizer | None = None
+        self.codes: ImageCodes | None = None
+        node = self.config.objective.image_tokenizer
+        if node is None or self.config.objective.name != "autoregressive" or self.config.parent_only:
+            return
+        source = instantiate(node, "objective.image_tokenizer")
+        what = "train the image tokenizer, once, or find it, and make codes of the images"
+        with self.journal.step("codes", source.fingerprint, what, self.cache):
+            self.images = source.prepare(self.data, self.cache)
+            check_codes(self.config, self.images)
+            self.codes = encode_corpus(self.images, self.data / "shards", self.index, self.cache)
+        self.images.save(self.folder / IMAGE_TOKENIZER)
 
     def dataset(self, config: Config, generation: bool) -> MicroBatches:
         objective = config.objective if generation else None
         schedule = mix_schedule(config.phases, config.mix)
-        return MicroBatches(self.data, DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule))
+        plan = DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule)
+        return MicroBatches(self.data, plan, codes=self.codes if generation else None)
 
     def probe(self) -> Batch:
         """The fixed batch that monitors measure on: `probe_samples` of the mix of the first phase, drawn by a seed of
@@ -167,7 +189,7 @@ class Arc:
         data = dataclasses.replace(config.data, samples=config.probe_samples, micro_batches=1, repeat_steps=0)
         start = mix_schedule(config.phases, config.mix)[:1]
         plan = DataPlan(self.index, config.mix, data, config.seed + PROBE_SEED, config.objective, start)
-        return MicroBatches(self.data, plan)[0]
+        return MicroBatches(self.data, plan, codes=self.codes)[0]
 
     # ------------------------------------------------------------------ stage 0
 
@@ -230,7 +252,7 @@ class Arc:
         what = f"profile the parent's experts and split them ({config.init.assignment})"
         with self.journal.step("split", self.evaluation_key(), what, self.folder / RECEIPT):
             old = built(parent_config(config, parent), parent, latents=False)
-            new = UnifiedModel(config.model, config.system)
+            new = model_of(config)
             batches = self.profile_batches()
             counts = expert_counts(old, batches)
             assignment = assign(counts, config.model, config.system, config.init.assignment, config.seed)
@@ -261,7 +283,10 @@ class Arc:
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
             module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
-            save_state(self.folder / FINAL, module.model.state_dict())
+            state = module.model.state_dict()
+            save_state(self.folder / FINAL, state)
+            if config.lora.rank:
+                save_state(self.folder / LORA, {name: value for name, value in state.items() if is_lora(name)})
         with self.journal.step("evaluation", self.evaluation_key(), "evaluate the final model", self.folder / SCORES):
             if any(isinstance(callback, EMA) for callback in self.made.values()):
                 average = built(config, load_state(self.folder / EMA_FILE), latents=True)
@@ -317,9 +342,8 @@ class Arc:
         """Images for the first captions of the generation benchmark, as the evaluation samples them."""
         captions, pixels = read_captions(self.data / "benchmarks" / "generation", count, [])
         texts, size = [caption.caption for caption in captions], pixels.shape[1:3]
-        tokenizer = Tokenizer.load(self.data / "tokenizer.json")
         with measuring(model):
-            images = pictures(model, texts, tokenizer, self.config.objective, size=size, seed=self.config.seed)
+            images = pictures(model, texts, self.tokenizer, self.config.objective, size=size, seed=self.config.seed)
         return images.numpy(), texts
 
     def record(self, model: nn.Module, step: int, prefix: str = "") -> Scores:
@@ -353,8 +377,22 @@ def check_data(config: Config, folder: Path, index: ShardIndex) -> None:
             raise ConfigError(f"model.max_grid={config.model.max_grid}: {right}")
 
 
+def check_codes(config: Config, images: ImageTokenizer) -> None:
+    """Raises ConfigError where the image tokenizer's codes are not those that model and corpus need."""
+    size = config.objective.codebook_size
+    if images.codebook_size != size:
+        right = f"must be {images.codebook_size}, the codes of the image tokenizer"
+        raise ConfigError(f"objective.codebook_size={size}: {right}")
+    side = math.isqrt(config.model.patch_dim // 3)
+    if images.patch != side:
+        what = f"one code stands for {images.patch} x {images.patch} pixels"
+        raise ConfigError(f"objective.image_tokenizer: {what}, a patch of the corpus is {side} x {side}")
+
+
 def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedModel:
-    model = UnifiedModel(config.model, config.system, latents)
+    model = model_of(config, latents)
+    if any(map(is_lora, state)):
+        model.adapt(config.lora, config.seed)
     model.load_state_dict(state)
     return model
 
@@ -385,6 +423,7 @@ def stage0_config(config: Config) -> Config:
         system=system,
         rates=rates,
         surgery=Surgery(),
+        lora=Lora(),
         phases=Phases(steps, 0, 1.0, (Phase("stage 0", steps),)),
         mix=stage0.mix,
         data=dataclasses.replace(config.data, samples=stage0.samples, repeat_steps=0),
@@ -417,7 +456,7 @@ def stage0_key(config: Config, fingerprint: str) -> str:
 
 def check_parent(state: dict[str, Tensor], config: Config, path: str) -> None:
     """Raises RunError where the tensors are not those of the parent that this config needs."""
-    want = UnifiedModel(config.model, config.system, latents=False).state_dict()
+    want = model_of(config, latents=False).state_dict()
     for name in want:
         if name not in state:
             raise RunError(f"{path}: no parameter {name!r}; the parent of this system has it")

@@ -114,7 +114,7 @@ def resolved(raw: Mapping[str, Any] | DictConfig) -> dict[str, Any]:
 
 def _lasting(phases: Mapping[str, Any]) -> list[Any]:
     listed = [p for p in phases["list"] if not (isinstance(p, dict) and p.get("until") == 0)]
-    to_the_end = phases.get("shield_steps") == phases.get("steps")
+    to_the_end = phases.get("steps") in (phases.get("shield_steps"), phases.get("stage1_steps"))
     if to_the_end and len(listed) > 1 and listed[-2].get("until") == listed[-1].get("until"):
         listed.pop()
     return listed

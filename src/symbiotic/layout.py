@@ -6,20 +6,29 @@ layout that validates is a layout that builds. All of them are pure.
 
 from __future__ import annotations
 
-from symbiotic.schema import KINDS, PARENT, ConfigError, Model, Shield, System
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+
+from symbiotic.schema import KINDS, PARENT, Config, ConfigError, Lora, Model, Router, Shield, System
 
 _EPS = 1e-6
+_ADAPTABLE = re.compile(r"\.(attention\.\w+\.[qkvo]\.weight|moe\.(pools|shared)\.\w+\.w_(in|out))$")
 
 
 def pool_sizes(model: Model, system: System) -> dict[str, int]:
-    """Routed experts per pool and layer, in the order of `system.pools`; they add up to `model.num_experts`. A share is
+    """Routed experts per pool and layer, in the order of `system.pools`; they add up to `num_experts`. A share is
     rounded to whole experts.
 
     Raises:
         ConfigError: a share outside (0, 1], one that rounds to no expert, or shares that do not add up to one.
     """
-    total = model.num_experts
-    sizes = {name: _experts(name, share, total) for name, share in system.pools.items() if share is not None}
+    total = num_experts(model, system)
+    sizes = {
+        name: _experts(name, share, total, _counted(model, system))
+        for name, share in system.pools.items()
+        if share is not None
+    }
     open_pools = [name for name, share in system.pools.items() if share is None]
     left = total - sum(sizes.values())
     if left < 0 or (left > 0 and system.pools and not open_pools):
@@ -28,20 +37,38 @@ def pool_sizes(model: Model, system: System) -> dict[str, int]:
     if open_pools and (left == 0 or left % len(open_pools)):
         names = ", ".join(open_pools)
         raise ConfigError(
-            f"system.pools: {left} of model.num_experts={total} are left for {names}: "
+            f"system.pools: {left} of {_counted(model, system)} are left for {names}: "
             f"must be a positive multiple of {len(open_pools)}"
         )
     return {name: sizes[name] if name in sizes else left // len(open_pools) for name in system.pools}
 
 
-def _experts(name: str, share: float, total: int) -> int:
+def _experts(name: str, share: float, total: int, counted: str) -> int:
     count = round(share * total)
     if not 0 < share <= 1 + _EPS or count < 1:
         raise ConfigError(
-            f"system.pools.{name}={share:g}: must be a share of model.num_experts={total} in (0, 1], "
+            f"system.pools.{name}={share:g}: must be a share of {counted} in (0, 1], "
             f"at least {1 / total:g} for one expert"
         )
     return count
+
+
+def _counted(model: Model, system: System) -> str:
+    """The routed experts by their keys, for a message."""
+    merge = f" / system.merge={system.merge}" if system.merge > 1 else ""
+    return f"model.num_experts={model.num_experts}{merge}"
+
+
+def num_experts(model: Model, system: System) -> int:
+    """Routed experts per layer: `model.num_experts`, of which `system.merge` make one expert (rounded down)."""
+    return model.num_experts // system.merge
+
+
+def router_of(model: Model, system: System) -> Router:
+    """How tokens pick their experts: `model.router`, with what the system has of its own."""
+    own = model.router.top_k if system.top_k is None else system.top_k
+    normalize = model.router.normalize if system.gate == "router" else system.gate == "straight_through"
+    return replace(model.router, top_k=own, normalize=normalize)
 
 
 def router_pools(system: System) -> dict[str, str]:
@@ -65,10 +92,26 @@ def visible_pools(system: System) -> dict[str, tuple[str, ...]]:
     return {kind: tuple(pools[name] for name in system.visible.get(kind, ())) for kind in KINDS}
 
 
+def groups(system: System) -> tuple[tuple[str, ...], ...]:
+    """The distinct rows of `system.visible`, each one router; in the order of the kinds, columns in that of storage."""
+    rows = (tuple(c for c in router_pools(system) if c in system.visible.get(kind, ())) for kind in KINDS)
+    return tuple(dict.fromkeys(rows))
+
+
 def experts_seen(model: Model, system: System) -> dict[str, int]:
-    """Kind -> number of routed experts that its tokens choose among."""
+    """Kind -> number of routed experts that its tokens choose among (with a task router: those of their task)."""
     sizes = pool_sizes(model, system)
     return {kind: sum(sizes[pool] for pool in pools) for kind, pools in visible_pools(system).items()}
+
+
+def mixes(system: System) -> bool:
+    """Whether routed and shared experts are mixed by a learned alpha: where a system has both, and a scale for it."""
+    return system.alpha_scale is not None and bool(system.pools) and bool(shared_scopes(system))
+
+
+def generates(kinds: tuple[str, ...]) -> bool:
+    """Whether these are tokens of generation alone: latents, with or without the prompt of their image."""
+    return "vae" in kinds and set(kinds) <= {"prompt", "vae"}
 
 
 def components(system: System) -> tuple[str, ...]:
@@ -128,8 +171,8 @@ def parent_system(system: System, shared: bool | None = None) -> System:
     )
 
 
-def parameter_names(model: Model, system: System, latents: bool = True) -> list[str]:
-    """The names of all parameters of `UnifiedModel(model, system, latents)`, known without building it.
+def parameter_names(model: Model, system: System, latents: bool = True, codebook: int = 0) -> list[str]:
+    """The names of all parameters of `UnifiedModel(model, system, latents, codebook)`, known without building it.
 
     A test holds this list against the model's own. It is what roles are checked with before torch is imported.
     """
@@ -138,9 +181,29 @@ def parameter_names(model: Model, system: System, latents: bool = True) -> list[
         names += [f"blocks.{layer}.{name}" for name in _block_names(model, system, dense=layer in model.dense_layers)]
     names += [f"norm.{stream}.weight" for stream in system.streams]
     names += [] if model.tied_head else ["text_head.weight"]
-    latent = ["latent_in.weight", "latent_in.bias", "latent_grid.row.weight", "latent_grid.column.weight"]
-    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")]
+    patches = not codebook
+    latent = ["latent_in.weight", *["latent_in.bias"] * patches, "latent_grid.row.weight", "latent_grid.column.weight"]
+    latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")] * patches
     return names + (latent + ["latent_head.weight", "latent_head.bias"] if latents else [])
+
+
+def adapted(names: Iterable[str], lora: Lora) -> list[str]:
+    """The parameters that get a low-rank update: those that a target matches, of the kind that can have one."""
+    targets = [re.compile(target) for target in lora.targets] if lora.rank else []
+    return [name for name in names if _ADAPTABLE.search(name) and any(t.search(name) for t in targets)]
+
+
+def lora_place(name: str) -> tuple[str, str]:
+    """The module that holds the update of a weight, and the weight's name there."""
+    head, _, leaf = name.removesuffix(".weight").rpartition(".")
+    return head, leaf
+
+
+def trained_names(config: Config) -> list[str]:
+    """The names of all parameters of joint training: the model's, and those of its low-rank updates."""
+    names = parameter_names(config.model, config.system, codebook=config.objective.codebook_size)
+    places = (lora_place(name) for name in adapted(names, config.lora))
+    return names + [f"{head}.lora.{leaf}.{side}" for head, leaf in places for side in "ab"]
 
 
 def _block_names(model: Model, system: System, dense: bool) -> list[str]:
@@ -150,8 +213,12 @@ def _block_names(model: Model, system: System, dense: bool) -> list[str]:
     names = [f"attention.{stream}.{leaf}" for stream in system.streams for leaf in leaves]
     names += [f"moe_norm.{stream}.weight" for stream in system.streams]
     if not dense:
+        names += ["moe.mix"] if mixes(system) else []
         names += [f"moe.pools.{pool}.{leaf}" for pool in system.pools for leaf in ("w_in", "w_out")]
         names += [f"moe.routers.{router}" for router in router_pools(system)]
     scopes = ["dense"] if dense else list(shared_scopes(system))
     gate = ["gate"] if model.gated_shared else []
-    return names + [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
+    names += [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
+    return names + (
+        [f"moe.task_router.{leaf}" for leaf in ("weight", "bias")] if system.task_router and not dense else []
+    )

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 
 from symbiotic.layout import shield_kinds
 from symbiotic.models.batch import Batch
-from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.total import TASK_TERMS, term_weights, training_terms
+from symbiotic.models.unified import UnifiedModel, model_of
+from symbiotic.objectives.total import task_terms, term_weights, training_terms
 from symbiotic.schema import Config, Phase
 from symbiotic.training.phases import phase_at
 from symbiotic.training.roles import assign_roles, role_lr
@@ -38,6 +38,7 @@ class SymbioticModule(lightning.LightningModule):
 
     model: UnifiedModel
     shield: Tensor
+    by_truth: Tensor
 
     def __init__(
         self,
@@ -52,6 +53,7 @@ class SymbioticModule(lightning.LightningModule):
         self.rates, self.phases = config.rates, config.phases
         self.make_optimizer, self.make_loader, self.start_state = optimizer, loader, state
         self.register_buffer("shield", torch.zeros(()), persistent=False)
+        self.register_buffer("by_truth", torch.zeros((), dtype=torch.bool), persistent=False)
         self.transitions: dict[int, int] = {}  # phases that a condition ended (see `training.phases`)
         self.tasks: TaskGradients | None = None  # where the gradients of the tasks are combined (`config.surgery`)
         self.balance_scale = 1.0  # factor on the balance weight and the bias rate; an alarm raises it
@@ -64,11 +66,12 @@ class SymbioticModule(lightning.LightningModule):
         """Called by Lightning on every rank, more than once: builds only the first time."""
         if "model" in self._modules:
             return
-        self.model = UnifiedModel(self.config.model, self.config.system, self.latents)
+        self.model = model_of(self.config, self.latents)
         if self.start_state is None:
             self.model.initialise(self.config.seed)
         else:
             self.model.load_state_dict(dict(self.start_state))
+        self.model.adapt(self.config.lora, self.config.seed)
         self.model.recompute = self.config.recompute
         if self.config.compile != "none":
             if self.config.surgery.method not in ("none", "maop"):  # it goes back through a graph more than once
@@ -78,13 +81,15 @@ class SymbioticModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The loss of one micro-batch, its terms, and the routing."""
-        out, terms = training_terms(self.model, batch, self.config.objective, self.shield)
-        weights = term_weights(self.config.objective, self.phase(self.global_step).balance)
+        phase = self.phase(self.global_step)
+        self.by_truth.fill_(phase.route_by == "truth")  # in place, so that no compiled block is compiled again
+        out, terms = training_terms(self.model, batch, self.config.objective, self.shield, self.by_truth)
+        weights = term_weights(self.config.objective, phase.balance)
         weights["balance"] *= self.balance_scale
         weighted = {name: weights[name] * term for name, term in terms.items()}
         loss = sum(weighted.values(), torch.zeros_like(out.z))
         if self.tasks is not None:
-            self.tasks.losses = {task: weighted[term] for task, term in TASK_TERMS.items()}
+            self.tasks.losses = {task: weighted[term] for task, term in task_terms(self.config.objective).items()}
         return {
             "loss": loss,
             **{name: term.detach() for name, term in terms.items()},

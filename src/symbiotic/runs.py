@@ -1,12 +1,9 @@
-"""The files around a fit: whole-file writes, hashes, locks, and the line that each step of the arc prints."""
+"""The files around a fit: parameters, where results come from, and the line that each step of the arc prints."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.metadata
-import json
-import os
 import platform
 import subprocess
 import time
@@ -14,22 +11,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from symbiotic.files import PACKAGE, digest, locked, read_json, replace_with, source_hash, write_json, write_text
 from symbiotic.schema import RunError
 
-PACKAGE = Path(__file__).resolve().parent
-
-
-def digest(value: Any) -> str:
-    """12 hexadecimal digits of a plain container."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-
+__all__ = ["digest", "locked", "read_json", "replace_with", "source_hash", "write_json", "write_text"]
 
 OUTSIDE = ("studies", "launch.py", "claim.py")
 """Sources that start runs and read finished ones: a better table, or another order of runs, changes no result."""
@@ -42,14 +33,6 @@ def run_code() -> str:
     """Hash of the sources that decide what a run computes."""
     parts = (path.name for path in PACKAGE.iterdir() if path.suffix in ("", ".py") and path.name != "__pycache__")
     return source_hash(*(part for part in parts if part not in OUTSIDE), *DECIDING)
-
-
-def source_hash(*parts: str) -> str:
-    """Of the Python sources below these sub-packages (all, when none is named): results of other code do not mix."""
-    roots = [PACKAGE / part for part in parts] or [PACKAGE]
-    files = sorted(f for root in roots for f in ([root] if root.is_file() else root.rglob("*.py")))
-    text = b"".join(str(f.relative_to(PACKAGE)).encode() + f.read_bytes() for f in files)
-    return hashlib.sha256(text).hexdigest()[:12]
 
 
 VERSIONS = ("torch", "numpy", "lightning")
@@ -80,34 +63,6 @@ def check_same_code(folder: Path, began: Mapping[str, str], now: Mapping[str, st
         was, this = (", ".join(f"{key} {made.get(key)}" for key in (*apart, "commit")) for made in (began, now))
         right = "remove the folder to run it anew, or go back to that commit and these versions"
         raise RunError(f"{folder}: this run was begun by {was}; this is {this}: {right}")
-
-
-def replace_with(path: Path, write: Any) -> Path:
-    """Call `write(temporary path)` beside `path`, then rename: the file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
-
-
-def write_json(path: Path, value: Any) -> Path:
-    return replace_with(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
-
-def write_text(path: Path, text: str) -> Path:
-    return replace_with(path, lambda p: p.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> Any:
-    """The content, or None when there is no such file or it is no JSON (a kill never leaves that; a full disk may)."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return None
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], **metadata: str) -> Path:
@@ -146,19 +101,6 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     for name in sorted(state):
         sha.update(name.encode() + state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:12]
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time; a second one says that it waits. The lock of a dead process is free."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that holds {path}", flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 class Journal:

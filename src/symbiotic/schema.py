@@ -26,6 +26,9 @@ TASKS = ("t2i", "t2i_long", "lm", "mmu")
 """Tasks, in the order of `Batch.task`: text-to-image with a short or a long caption, pure text, multimodal
 understanding."""
 
+GENERATION_TERMS = {"flow": "flow", "autoregressive": "image_ce"}
+"""Objective -> the loss term of generated images; `objective.TERM_weight` is its weight."""
+
 PARENT = "all"
 """Name of the one pool, router, shared expert and stream that every stage-0 parent consists of."""
 
@@ -123,6 +126,15 @@ class System:
     shared: name of a shared expert -> the kinds that pass through it (null: no such expert).
     streams: name of a copy of attention and norms -> the kinds that use it.
     No pools at all means a dense model: the hidden width of the k routed experts goes to the shared expert.
+
+    merge: how many of the parent's experts are one expert here, side by side: merge x as wide, `num_experts / merge`.
+    top_k: experts that a token uses (null: `model.router.top_k`).
+    gate: of a chosen expert. `router`: as `model.router` has it; `probability`: p, never renormalised;
+    `straight_through`: 1 in the forward with the gradient of p, as a renormalised top-1 gate has none (ours).
+    task_router: in every layer a learned router picks the row of `visible` for a token, by its predicted task; the row
+    of its kind is the truth (UTAMoE, arXiv 2506.03591).
+    alpha_scale: s of `y = s (alpha E + (1 - alpha) S)`, alpha learned in every layer from 1/2 on (UTAMoE: 1; 2 starts
+    at the E + S that the parent was trained with). null: `y = E + S`.
     """
 
     name: str
@@ -132,6 +144,11 @@ class System:
     shared: dict[str, tuple[str, ...] | None] = field(default_factory=dict)
     streams: dict[str, tuple[str, ...]] = field(default_factory=lambda: {PARENT: KINDS})
     shield: Shield = field(default_factory=Shield)
+    merge: int = 1
+    top_k: int | None = None
+    gate: Literal["router", "straight_through", "probability"] = "router"
+    task_router: bool = False
+    alpha_scale: float | None = None
 
 
 # --------------------------------------------------------------------------- optimisation
@@ -185,6 +202,8 @@ class Phase:
     balance: weight of the balance loss in this phase (null: `objective.balance_weight`).
     mix: weights of the data sets in this phase (null: those of the phase before, at first `mix.weights`). Only a phase
     that starts at a fixed step may have one, so that the data of every step is known beforehand.
+    route_by: whether training sends a token to the experts of its predicted task, or to those of its true one. Without
+    a task router both are the same; evaluation and sampling always go by the prediction.
     """
 
     name: str
@@ -195,16 +214,18 @@ class Phase:
     frozen: tuple[str, ...] = ()
     mix: dict[str, float] | None = None
     when: Condition | None = None
+    route_by: Literal["predicted", "truth"] = "predicted"
 
 
 @dataclass(frozen=True)
 class Phases:
-    """The list is what runs; the three numbers above it are what its entries usually refer to."""
+    """The list is what runs; the numbers beside it are what its entries usually refer to."""
 
     steps: int
     shield_steps: int
     release_scale: float  # factor on the generation gradient through shield targets after the shielding
     list: tuple[Phase, ...]
+    stage1_steps: int = 0  # UTAMoE: steps in which the experts of each task learn on it alone
 
 
 @dataclass(frozen=True)
@@ -217,12 +238,32 @@ class Mix:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Low-rank updates of the weights in joint training: `x W + (alpha / rank) x A B` (arXiv 2106.09685).
+
+    rank: 0: none. targets: regular expressions, searched in the names of parameters; projections of the attention and
+    weights of routed and shared experts can have an update.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Sampler:
-    """Image sampling: Euler steps on the flow, classifier-free guidance, time shift (1 = none)."""
+    """Image sampling. guidance: classifier-free (1 = none).
+
+    flow: Euler steps, time shift (1 = none). autoregressive: of each code, by its logits over `temperature` (0: the
+    likeliest), among the `top_k` likeliest (0: all), and of these the fewest that reach the probability `top_p`.
+    """
 
     steps: int = 12
     guidance: float = 2.0
     time_shift: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -262,23 +303,30 @@ class Surgery:
 
 @dataclass(frozen=True)
 class Objective:
-    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`; `Balance` says how the balance
-    loss is normalised.
+    """`ce_weight * CE + flow_weight * flow + balance_weight * balance + z_weight * z`, and with a task router
+    `+ task_weight * CE(task router, true task)`; `Balance` says how the balance loss is normalised. With the name
+    `autoregressive`, `image_ce_weight * image_ce` in the place of the flow.
 
     flow: mean squared error over latents, on the clean data (`x`) or on the velocity.
     time: sigmoid(n), n ~ Normal(time_mean, time_std).
+    image_ce: cross-entropy of the codes (nats a code) that `image_tokenizer` makes of the images.
+    image_tokenizer: `_target_` of what trains or loads it (see `symbiotic.images`). codebook_size: its codes.
     """
 
-    name: Literal["flow"] = "flow"
+    name: Literal["flow", "autoregressive"] = "flow"
     prediction: Literal["x", "velocity"] = "x"
     ce_weight: float = 1.0
     flow_weight: float = 1.0
+    image_ce_weight: float = 1.0
     balance_weight: float = 0.01
     balance: Balance = field(default_factory=Balance)
     z_weight: float = 0.0
+    task_weight: float = 1.0
     time_mean: float = 0.0
     time_std: float = 1.0
     caption_dropout: float = 0.1
+    codebook_size: int = 0
+    image_tokenizer: dict[str, Any] | None = None
     sampler: Sampler = field(default_factory=Sampler)
 
 
@@ -383,6 +431,7 @@ class Config:
     logger: dict[str, dict[str, Any] | None]
     run_dir: str
     surgery: Surgery = field(default_factory=Surgery)
+    lora: Lora = field(default_factory=Lora)
     compile: Literal["none", "inductor", "aot_eager"] = "none"  # torch.compile of every block, by this backend
     recompute: bool = False  # activation checkpointing: blocks are computed again in the backward pass
     probe_samples: int = 16  # samples of the fixed batch that drift and conflicts are measured on
@@ -402,6 +451,9 @@ class SamplerChange:
     steps: int | None = None
     guidance: float | None = None
     time_shift: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
 
 
 @dataclass(frozen=True)

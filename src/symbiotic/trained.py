@@ -15,14 +15,17 @@ import yaml
 from symbiotic.config import instantiate
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.captions import image_size
-from symbiotic.models.unified import UnifiedModel
+from symbiotic.images.store import load_image_tokenizer
+from symbiotic.models.lora import is_lora
+from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.runs import load_state, read_json
 from symbiotic.schema import Config, ConfigError, RunError, parse
 from symbiotic.studies.request import run_folder
 
 AGAIN = "the run's own command writes it again"
-TOKENIZER = "tokenizer.json"
+TOKENIZER, IMAGE_TOKENIZER = "tokenizer.json", "image_tokenizer.safetensors"
 FINAL, EMA, INITIAL, PARENT_FILE = "model.safetensors", "ema.safetensors", "init.safetensors", "parent.safetensors"
+LORA = "lora.safetensors"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,8 @@ def open_run(
     if tokenizer.vocab_size > config.model.vocab_size:
         what = f"{tokenizer.vocab_size} words, the model has {config.model.vocab_size}: not its corpus"
         raise RunError(f"{words.parent}: {what}")
+    if config.objective.name == "autoregressive":
+        tokenizer.images = load_image_tokenizer(folder / IMAGE_TOKENIZER)
     model = load_model(config, weights, device)
     return Trained(folder, config, weights, step_of_weights(weights, config), corpus, tokenizer, model)
 
@@ -145,7 +150,9 @@ def corpus_folder(config: Config, data: str | None, needed: bool = True) -> Path
 def load_model(config: Config, path: Path, device: str) -> UnifiedModel:
     """Raises RunError (a file that does not fit the config), ConfigError (no such device)."""
     state = load_state(path)
-    model = UnifiedModel(config.model, config.system, latents="latent_head.weight" in state)
+    model = model_of(config, latents="latent_head.weight" in state)
+    if any(map(is_lora, state)):
+        model.adapt(config.lora, config.seed)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

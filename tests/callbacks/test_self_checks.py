@@ -82,7 +82,7 @@ def test_a_dense_model_trips_nothing(fit: Any) -> None:
 def test_recount_equals_the_balance_loss(name: str, tasks: tuple[str, ...], balance: Balance) -> None:
     model = build(name, dense_layers=(1,), dense_hidden=16)
     stats = model(noised(random_batch(tasks=tasks))).routing.detach()
-    loss = balance_loss(stats, model.routers_RM.float(), model.visible_experts, balance)
+    loss = balance_loss(stats, model.routers_RM.float(), model.own_experts, balance)
     assert recount_balance(stats, model.cfg, model.system, balance) == pytest.approx(float(loss), rel=1e-6)
 
 

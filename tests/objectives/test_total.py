@@ -36,5 +36,5 @@ def test_velocity_is_compared_with_noise_minus_clean_data() -> None:
 
 def test_a_phase_replaces_the_balance_weight() -> None:
     objective = Objective(ce_weight=2.0, flow_weight=3.0, balance_weight=0.1, z_weight=0.5)
-    assert term_weights(objective) == {"ce": 2.0, "flow": 3.0, "balance": 0.1, "z": 0.5}
+    assert term_weights(objective) == {"ce": 2.0, "flow": 3.0, "task": 1.0, "balance": 0.1, "z": 0.5}
     assert term_weights(objective, 0.0)["balance"] == 0.0

@@ -64,7 +64,8 @@ def test_every_parameter_of_every_system_has_exactly_one_role(name: str, project
     """(e), with the shipped patterns and the real parameter names."""
     roles = OmegaConf.to_container(OmegaConf.load(project_root / "conf/rates/roles.yaml").roles)
     assigned = assign_roles((n for n, _ in build(name).named_parameters()), roles)  # type: ignore[arg-type]
-    partitioned = name in ("symbiotic", "mot", "bagel", "tripartite", "standard_separable")
+    partitioned = name in ("symbiotic", "mot", "bagel", "tripartite", "standard_separable", "utamoe")
+    assert ("task" in assigned.values()) == (name == "utamoe")
     assert ("gen" in assigned.values()) == partitioned
     assert ("common" in assigned.values()) == (name in ("standard_moe", "multi_gate"))
     assert assigned["latent_head.weight"] == "latent"

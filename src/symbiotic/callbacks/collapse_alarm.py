@@ -14,7 +14,7 @@ from symbiotic.callbacks.events import record_event
 from symbiotic.callbacks.log import Window, log_metrics, logged_at
 from symbiotic.callbacks.routing_monitor import RoutingMonitor
 from symbiotic.callbacks.step import StepCallback, config_of, phase_of
-from symbiotic.layout import visible_pools
+from symbiotic.layout import router_of, visible_pools
 from symbiotic.models.moe import MoE
 from symbiotic.schema import ALARM_ACTIONS, KINDS, CollapseStop, Config, ConfigError, Phase
 from symbiotic.training.collapse import (
@@ -121,7 +121,7 @@ class CollapseAlarm(StepCallback):
         self.end(trainer)
         model: Any = pl_module.model
         self.layers = [layer for layer in model.modules() if isinstance(layer, MoE) and layer.pools]
-        seen_M, top_k = model.visible_experts.sum(1).tolist(), model.cfg.router.top_k
+        seen_M, top_k = model.own_experts.sum(1).tolist(), router_of(model.cfg, model.system).top_k
         seen = {kind: seen_M[KINDS.index(kind)] for kind in self.kinds}
         self.floors = {kind: collapse_floor(top_k, e, self.capacity_factor) for kind, e in seen.items()}
         reason = not_revivable(self.layers, trainer.optimizers) if self.action == "revive" else None

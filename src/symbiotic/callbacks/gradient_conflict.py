@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from symbiotic.callbacks.log import log_metrics
 from symbiotic.callbacks.step import Probing, config_of
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.total import TASK_TERMS, term_weights, training_terms
+from symbiotic.objectives.total import task_terms, term_weights, training_terms
 from symbiotic.schema import ConfigError
 from symbiotic.training.conflict import leaks, products, role_conflicts, shielded_layers, squares, task_gradients
 
@@ -102,9 +102,9 @@ class GradientConflict(Probing):
         """Task -> its loss on the probe, weighed and computed (autocast) as in training."""
         model, config = cast(UnifiedModel, pl_module.model), config_of(pl_module)
         with torch.enable_grad(), trainer.precision_plugin.train_step_context():
-            _, terms = training_terms(model, self._batch, config.objective, shield)
+            _, terms = training_terms(model, self._batch, config.objective, shield, cast(Tensor, pl_module.by_truth))
         weights = term_weights(config.objective)
-        return {task: weights[term] * terms[term] for task, term in TASK_TERMS.items()}
+        return {task: weights[term] * terms[term] for task, term in task_terms(config.objective).items()}
 
     def report(self, trainer: Trainer, seconds: float) -> None:
         """One line after the second probe (the first one allocates): what all of them cost."""

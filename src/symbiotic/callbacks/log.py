@@ -21,7 +21,7 @@ from symbiotic.layout import shield_kinds
 from symbiotic.schema import KINDS
 from symbiotic.training.phases import balance_weight, phase_index
 
-LOSSES = ("loss", "ce", "flow", "balance", "z")
+LOSSES = ("loss", "ce", "flow", "image_ce", "balance", "z", "task")
 
 _latest: WeakKeyDictionary[Trainer, dict[str, float]] = WeakKeyDictionary()
 _logged: WeakKeyDictionary[Trainer, tuple[int, dict[str, float]]] = WeakKeyDictionary()
@@ -104,9 +104,10 @@ def grad_norms(optimizer: Optimizer) -> dict[str, Tensor]:
 class StepLog(StepCallback):
     """Logs, every `every` optimiser steps, under these names:
 
-    `train/{loss,ce,flow,balance,z}` (means over the micro-batches since the last log, and over ranks), `grad_norm/ROLE`
-    (of that step, before clipping, frozen roles included), `lr/ROLE`, `phase/{shield,index,balance_weight}`,
-    `tokens/KIND` (of an optimiser step, all ranks), `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks).
+    `train/{loss,ce,flow or image_ce,balance,z}` and, with a task router, `train/task` (means over the micro-batches
+    since the last log, and over ranks), `grad_norm/ROLE` (of that step, before clipping, frozen roles included),
+    `lr/ROLE`, `phase/{shield,index,balance_weight}`, `tokens/KIND` (of an optimiser step, all ranks),
+    `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks).
 
     Reads outputs["loss", ..., "tokens"], the config's phases, and the roles of the optimiser's parameter groups.
     List it before `LRPhases`, which drops the gradients of frozen roles.

@@ -13,7 +13,7 @@ from symbiotic.callbacks.step import StepCallback, config_of
 from symbiotic.schema import ConfigError, near_miss
 from symbiotic.training.phases import active_phases, bounds, holds, phase_index
 
-EVERY_LOG = ("train/", "routing/")
+EVERY_LOG = ("train/", "routing/", "task/")
 """First parts of the names of metrics that are logged at every log: one that is missing then is misspelt."""
 
 

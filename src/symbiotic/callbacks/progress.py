@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ from rich.text import Text
 from symbiotic.callbacks.log import latest_metrics
 from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import shield_kinds
+from symbiotic.schema import GENERATION_TERMS
 
 SETTLED = 3  # steps before a time is estimated: the first ones allocate, compile and fill caches
 
@@ -111,7 +113,8 @@ def describe(metrics: Mapping[str, float], shield: float | None, left: float | N
     if "train/ce" in metrics:
         parts.append(f"ce {metrics['train/ce']:.3f}")
     if metrics.get("tokens/vae", 0.0) > 0:
-        parts.append(f"flow {metrics.get('train/flow', float('nan')):.4f}")
+        found = next((term for term in GENERATION_TERMS.values() if f"train/{term}" in metrics), "flow")
+        parts.append(f"{found.replace('_', ' ')} {metrics.get(f'train/{found}', math.nan):.4f}")
     if "speed/tokens_per_s" in metrics:
         parts.append(f"{metrics['speed/tokens_per_s']:,.0f} tok/s")
         parts.append(f"{metrics['speed/samples_per_s']:,.0f} samples/s")

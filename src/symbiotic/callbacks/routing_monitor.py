@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from symbiotic.callbacks.log import Window, log_metrics
 from symbiotic.callbacks.self_checks import Failures, probing
 from symbiotic.callbacks.step import Probing
+from symbiotic.layout import groups, router_of
 from symbiotic.models.batch import VAE, VIT, Batch
+from symbiotic.models.moe import MoE
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import noised
+from symbiotic.objectives.total import model_input
 from symbiotic.schema import KINDS, ConfigError
 from symbiotic.training.routing_metrics import by_layer, capacity_sums, drift, miscount, random_rates, summarise
+from symbiotic.training.task_metrics import task_metrics
 
 DRIFTING = ("text", "vit")  # kinds whose routing was trained before joint training
 
@@ -30,8 +34,10 @@ class RoutingMonitor(Probing):
     counts. `routing/drift/KIND` and `routing/layer{i}/drift/KIND` (text, vit): `routing_metrics.drift` on the probe
     since the start of the fit; only where a probe was set.
 
+    With task routers: `task_metrics`; where routed and shared experts are mixed: `task/alpha`, `task/layer{i}/alpha`.
+
     Tells once when the counts are not k for each token, layer and kind; the tokens are counted from the batch.
-    Reads outputs["routing"] (`RoutingStats`), pl_module.model.visible_experts and pl_module.model.cfg.router.top_k.
+    Reads outputs["routing"] (`RoutingStats`) and the tables of pl_module.model.
     per_layer=False leaves the `routing/layer{i}/` entries out.
     """
 
@@ -50,9 +56,12 @@ class RoutingMonitor(Probing):
             self.reference = self.probabilities(trainer, pl_module)
 
     def on_micro_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
-        counts, tokens = outputs["routing"].counts, num_tokens(batch)
+        stats, tokens = outputs["routing"], num_tokens(batch)
         model: Any = pl_module.model
-        self.window.add(capacity_sums(counts, tokens, model.visible_experts, self.factors))
+        self.window.add(
+            capacity_sums(stats.counts, tokens, model.visible_experts, self.factors, model.groups_RE)
+            | ({} if stats.sent is None else {"predicted": stats.predicted, "sent": stats.sent})
+        )
         self._tokens.append(tokens)
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
@@ -68,10 +77,15 @@ class RoutingMonitor(Probing):
         sums = self.window.total(trainer)
         host = torch.cat([value.reshape(-1) for value in sums.values()]).cpu().split([v.numel() for v in sums.values()])
         sums = {name: part.view_as(sums[name]) for name, part in zip(sums, host, strict=True)}
-        problem = miscount(sums["counts"], sums["tokens"], model.cfg.router.top_k)
+        problem = miscount(sums["counts"], sums["tokens"], router_of(model.cfg, model.system).top_k)
         if problem:
             self.failures.tell(trainer, trainer.global_step, "counts", problem)
-        return summarise(sums, model.visible_experts.cpu(), self.factors)
+        sees_RE = None if model.groups_RE is None else model.groups_RE.cpu()
+        found = summarise(sums, model.visible_experts.cpu(), self.factors, sees_RE) | alphas(model)
+        if "sent" in sums:
+            names = ["+".join(row) for row in groups(model.system)]
+            found |= task_metrics(sums["predicted"], sums["sent"], model.routers_RM.cpu(), names)
+        return found
 
     def add_baselines(self, model: Any) -> None:
         """Bring the token counts to the host, and the random baselines of the micro-batches into the window.
@@ -79,9 +93,10 @@ class RoutingMonitor(Probing):
         One by one, so that it is the same sum wherever a checkpoint was saved in between.
         """
         if self._tokens:
-            visible, device = model.visible_experts.cpu(), self._tokens[0].device
+            visible, device = model.own_experts.cpu(), self._tokens[0].device
+            top_k = router_of(model.cfg, model.system).top_k
             for tokens in torch.stack(self._tokens).tolist():
-                rates = random_rates(tokens, visible, model.cfg.router.top_k, self.factors)
+                rates = random_rates(tokens, visible, top_k, self.factors)
                 self.window.add({"random": torch.tensor(rates, dtype=torch.float64, device=device)})
             self._tokens = []
 
@@ -114,6 +129,13 @@ class RoutingMonitor(Probing):
         self.reference, self.failures.told = dict(state["reference"]), list(state["told"])
 
 
+def alphas(model: UnifiedModel) -> dict[str, float]:
+    """The share of the routed experts in every layer that mixes them with the shared ones; empty where none does."""
+    layers = [layer.mix.detach() for layer in model.modules() if isinstance(layer, MoE) and layer.mix is not None]
+    whole = [mix.full_tensor() if isinstance(mix, DTensor) else mix for mix in layers]
+    return by_layer("alpha", torch.cat(whole).double().sigmoid().cpu(), "task") if whole else {}
+
+
 def num_tokens(batch: Batch) -> Tensor:
     """[M] float64 tokens of each kind, padding left out; without a transfer to the host."""
     valid = (batch.segment >= 0).reshape(-1).double()
@@ -132,6 +154,7 @@ def drifting_rows(batch: Batch) -> Batch:
     reads, makes = (keep_B[(batch.kind == kind).nonzero()[:, 0]] for kind in (VIT, VAE))
     patches = {name: getattr(batch, name)[reads] for name in ("vit_patches", "vit_grid")}
     patches |= {name: getattr(batch, name)[makes] for name in ("latents", "latent_grid", "noise", "time")}
+    patches["codes"] = batch.codes[makes] if len(batch.codes) else batch.codes
     rest = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch) if f.name not in whole | patches}
     return Batch(**whole, **patches, **{name: value[keep_B] for name, value in rest.items()})
 
@@ -139,7 +162,7 @@ def drifting_rows(batch: Batch) -> Batch:
 @torch.no_grad()
 def probe_probabilities(model: UnifiedModel, probe: Batch) -> dict[str, Tensor]:
     """Kind of `DRIFTING` -> float32 [L, n, E], the router's probabilities of its n tokens (those with any)."""
-    trace = model(noised(probe), logits_at=torch.zeros_like(probe.segment, dtype=torch.bool), trace=True).trace
+    trace = model(model_input(probe), logits_at=torch.zeros_like(probe.segment, dtype=torch.bool), trace=True).trace
     rows = {kind: places.reshape(-1).nonzero().squeeze(-1) for kind, places in drifting(probe).items() if trace}
     found = {kind: [layer.probs_NE[index].float() for layer in trace] for kind, index in rows.items() if len(index)}
     return {kind: torch.stack(layers) for kind, layers in found.items()}

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from symbiotic.callbacks.events import record_event
 from symbiotic.callbacks.step import Probing, config_of
-from symbiotic.layout import experts_seen, pool_sizes, visible_pools
+from symbiotic.layout import experts_seen, pool_sizes, router_of, visible_pools
 from symbiotic.models.batch import IGNORE, Batch
 from symbiotic.models.routing import RoutingStats
 from symbiotic.objectives.total import term_weights, training_terms
@@ -69,7 +69,8 @@ class SelfChecks(Probing):
         batch = self.probe.to(pl_module.device)
         with probing(trainer, pl_module), torch.enable_grad():
             _, terms = training_terms(cast(Any, model), batch, config.objective)
-            dead = without_gradient({t: terms[t] for t in possible if weights[t] > 0}, list(model.parameters()))
+            weighed = {t: terms[t] for t in possible if weights.get(t, 0.0) > 0}
+            dead = without_gradient(weighed, list(model.parameters()))
         for term in dead:
             text = f"loss term {term} has weight {weights[term]:g} and no gradient on any parameter, on the probe batch"
             self.failures.tell(trainer, 0, f"gradient/{term}", text)
@@ -112,37 +113,48 @@ def probing(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
 def recount_balance(stats: RoutingStats, model: Model, system: System, cfg: Balance) -> float:
     """The balance loss by its definition, in double precision, router by router; nothing shared with `models.balance`.
 
-    Per layer and router: n times the sum over its experts of (share of the assignments) x (mean probability), over the
-    tokens of the kinds that use the router, weighed by kind; times the mean weight of these tokens, over the number of
-    routers with any.
+    Per layer and router: n times the sum over its experts of (share of the assignments) x (mean probability), over its
+    tokens, weighed by kind; times the mean weight of these tokens, over the number of routers with any. Its tokens are
+    those of the kinds that use it, or with a task router, those that its experts were assigned to.
     """
     counts, probs, tokens = (value.detach().cpu().double() for value in (stats.counts, stats.probs, stats.tokens))
-    sizes, pools = pool_sizes(model, system), visible_pools(system)
-    routers: dict[Any, list[str]] = {}
-    for kind in KINDS if len(counts) else ():
-        routers.setdefault("one" if cfg.scope == "global" else frozenset(system.visible[kind]), []).append(kind)
+    by_task, top_k = system.task_router and cfg.scope == "router", router_of(model, system).top_k
     layers = []
     for counts_ME, probs_ME in zip(counts, probs, strict=True):
         values, used = [], 0
-        for kinds in routers.values():
-            weights = {KINDS.index(kind): cfg.kinds.get(kind, 1.0) for kind in kinds}
-            number = float(sum(w * tokens[m] for m, w in weights.items()))
-            everyone = float(sum(tokens[m] for m in weights))
+        for kinds, experts in routers_of(model, system, cfg.scope):
+            member_M = torch.tensor([float(by_task or kind in kinds) for kind in KINDS], dtype=torch.float64)
+            weight_M = member_M * torch.tensor([cfg.kinds.get(kind, 1.0) for kind in KINDS], dtype=torch.float64)
+            tokens_M = counts_ME[:, experts].sum(1) / top_k if by_task else tokens
+            number, everyone = float(weight_M @ tokens_M), float(member_M @ tokens_M)
             used += everyone > 0
             if number > 0:
-                assigned = torch.stack([w * counts_ME[m] for m, w in weights.items()]).sum(0)
-                mean = torch.stack([w * probs_ME[m] for m, w in weights.items()]).sum(0) / number
-                num_experts = sum(sizes[pool] for pool in {pool for kind in kinds for pool in pools[kind]})
-                values.append(num_experts * float((assigned / assigned.sum()) @ mean) * number / everyone)
+                assigned, mean = weight_M @ counts_ME[:, experts], weight_M @ probs_ME[:, experts] / number
+                values.append(len(experts) * float((assigned / assigned.sum()) @ mean) * number / everyone)
         layers.append(sum(values) / max(1, used))
     return sum(layers) / (max(1, len(layers)) if cfg.reduction == "mean" else 1)
+
+
+def routers_of(model: Model, system: System, scope: str) -> list[tuple[list[str], list[int]]]:
+    """Of every router, the kinds that use it and its experts, numbered pool after pool; scope `global`: as if one."""
+    sizes, pools = pool_sizes(model, system), visible_pools(system)
+    first = {pool: sum(list(sizes.values())[:i]) for i, pool in enumerate(sizes)}
+    kinds_of: dict[Any, list[str]] = {}
+    for kind in KINDS if sizes else ():
+        kinds_of.setdefault("one" if scope == "global" else frozenset(system.visible[kind]), []).append(kind)
+    found = []
+    for kinds in kinds_of.values():
+        seen = sorted({first[pool] for kind in kinds for pool in pools[kind]})
+        size = {first[pool]: n for pool, n in sizes.items()}
+        found.append((kinds, [start + i for start in seen for i in range(size[start])]))
+    return found
 
 
 def possible_terms(batch: Batch, model: Model, system: System, balance: Balance) -> list[str]:
     """The loss terms that can have a gradient on this batch.
 
-    CE needs targets, flow latents, both router losses routed experts. Where a router's tokens choose all of the experts
-    that they see, the load is even whatever the router says: no gradient of the balance loss.
+    CE needs targets, flow latents, image_ce codes, both router losses routed experts. Where a router's tokens choose
+    all of the experts that they see, the load is even whatever the router says: no gradient of the balance loss.
     """
     routed = bool(system.pools) and len(model.dense_layers) < model.num_layers
     valid = batch.segment >= 0
@@ -150,15 +162,17 @@ def possible_terms(batch: Batch, model: Model, system: System, balance: Balance)
         kind
         for m, kind in enumerate(KINDS)
         if routed
-        and experts_seen(model, system)[kind] > model.router.top_k
+        and experts_seen(model, system)[kind] > router_of(model, system).top_k
         and balance.kinds.get(kind, 1.0) > 0
         and bool(((batch.kind == m) & valid).any())
     ]
     found = {
         "ce": bool((batch.target != IGNORE).any()),
         "flow": len(batch.latents) > 0,
+        "image_ce": len(batch.codes) > 0,
         "balance": bool(choice),
         "z": routed,
+        "task": routed and system.task_router and bool(valid.any()),
     }
     return [term for term, possible in found.items() if possible]
 

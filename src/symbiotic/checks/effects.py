@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from symbiotic.layout import kinds_of, parameter_names, shared_scopes, shield_kinds
+from symbiotic.checks.lora import unmatched
+from symbiotic.layout import generates, kinds_of, shared_scopes, shield_kinds, trained_names
 from symbiotic.schema import Config, ConfigError
 from symbiotic.training.phases import balance_weight, mix_schedule
 from symbiotic.training.roles import assign_roles
@@ -73,8 +74,8 @@ def _routers(s: Setting, key: str) -> str | None:
 
 
 def _gen_pool(s: Setting, key: str) -> str | None:
-    alone = any(kinds_of(s.config.system, f"pools.{pool}") == ("vae",) for pool in s.config.system.pools)
-    return None if alone else f"system={s.config.system.name} has no pool that only latents see"
+    alone = any(generates(kinds_of(s.config.system, f"pools.{pool}")) for pool in s.config.system.pools)
+    return None if alone else f"system={s.config.system.name} has no pool that only generation sees"
 
 
 def _bias(s: Setting, key: str) -> str | None:
@@ -112,15 +113,56 @@ def _stage0(s: Setting, key: str) -> str | None:
 
 
 def _generation(s: Setting, key: str) -> str | None:
+    return None if any(name.startswith("t2i") for name in _trained(s)) else "the mix trains no generation samples"
+
+
+def _trained(s: Setting) -> list[str]:
+    """The data sets that some phase trains on."""
     mix = s.config.mix
     mixes = [weights for _, weights in mix_schedule(s.config.phases, mix)]
-    trained = [name for weights in mixes for name, weight in weights.items() if weight > 0 and name not in mix.drop]
-    return None if any(name.startswith("t2i") for name in trained) else "the mix trains no generation samples"
+    return [name for weights in mixes for name, weight in weights.items() if weight > 0 and name not in mix.drop]
+
+
+def _task_router(s: Setting, key: str) -> str | None:
+    if not s.config.system.task_router:
+        return None if key == "system.task_router" else f"system={s.config.system.name} has no task router"
+    trained = _trained(s)
+    tasks = {"generation" if name.startswith("t2i") else "understanding" for name in trained}
+    return None if len(tasks) > 1 else f"the mix trains {', '.join(tasks)} only, and one task needs no router"
+
+
+def _phase_list(s: Setting, key: str) -> str | None:
+    by_truth = [phase.name for phase in s.config.phases.list if phase.route_by == "truth"]
+    if not by_truth or s.config.system.task_router:
+        return None
+    return f"the phase {by_truth[0]} has route_by: truth, and system={s.config.system.name} has no task router"
+
+
+def _stage1(s: Setting, key: str) -> str | None:
+    return None if s.refers("phases.list", key) else "no entry of phases.list refers to it"
+
+
+def _lora(s: Setting, key: str) -> str | None:
+    return None if s.config.lora.rank else "lora.rank is 0; set lora=r16"
+
+
+def _lora_targets(s: Setting, key: str) -> str | None:
+    return _lora(s, key) or unmatched(s.config)
+
+
+def _flow(s: Setting, key: str) -> str | None:
+    name = s.config.objective.name
+    return _generation(s, key) or (None if name == "flow" else f"objective={name} has no flow")
+
+
+def _codes(s: Setting, key: str) -> str | None:
+    name = s.config.objective.name
+    return _generation(s, key) or (None if name == "autoregressive" else f"objective={name} makes no image codes")
 
 
 def _role(s: Setting, key: str) -> str | None:
     role = key.split(".")[2]
-    names = parameter_names(s.config.model, s.config.system)
+    names = trained_names(s.config)
     if key.startswith("rates.by_role") and role not in s.config.rates.by_role:
         return None  # set to null: the rate `lr`
     assigned = assign_roles(names, s.config.rates.roles)
@@ -141,6 +183,16 @@ RULES: dict[str, Rule] = {
     "init.stage0.balance_weight": _routed,
     "model.router.bias": _bias,
     "system.shield.mode": _shield_mode,
+    "system.merge": _routed,
+    "system.top_k": _routed,
+    "system.gate": _routed,
+    "system.alpha_scale": _routed,
+    "system.task_router": _task_router,
+    "objective.task_weight": _task_router,
+    "phases.list": _phase_list,
+    "lora.alpha": _lora,
+    "lora.targets": _lora_targets,
+    "phases.stage1_steps": _stage1,
     "objective.balance.*": _balance,
     "objective.balance.scope": _routers,
     "surgery.roles": _surgery,
@@ -154,8 +206,16 @@ RULES: dict[str, Rule] = {
     "model.gated_shared": _shared,
     "model.dense_hidden": _dense,
     "init.stage0*": _stage0,
-    "objective.flow_weight": _generation,
-    "objective.time_*": _generation,
+    "objective.flow_weight": _flow,
+    "objective.prediction": _flow,
+    "objective.time_*": _flow,
+    "objective.sampler.steps": _flow,
+    "objective.sampler.time_shift": _flow,
+    "objective.image_ce_weight": _codes,
+    "objective.codebook_size": _codes,
+    "objective.image_tokenizer*": _codes,
+    "objective.sampler.temperature": _codes,
+    "objective.sampler.top_*": _codes,
     "objective.caption_dropout": _generation,
     "rates.by_role.*": _role,
     "rates.schedules.*": _role,

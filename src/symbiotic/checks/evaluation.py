@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from symbiotic.checks.rules import at_least, known, positive, require, share
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation
 
-EMBEDDED = ("knowledge", "reading", "flow_error", "generation")
-"""Names of the embedded benchmarks, which run before the configured ones."""
+EMBEDDED = ("knowledge", "reading", "flow_error", "image_ce", "generation")
+"""Names of the embedded benchmarks, which run before the configured ones; of `ERRORS`, that of the run's objective."""
+
+ERRORS = {"flow": "flow_error", "autoregressive": "image_ce"}
+"""Objective -> the benchmark of its error on reference images."""
 
 IN_LOOP = ("every", "quick")
 """Keys of `evaluation` that only training reads."""
@@ -52,11 +55,13 @@ def check_evaluation(config: EvalConfig, explicit: Mapping[str, str]) -> None:
     require(bool(device), "device", config.device, "must be cpu, cuda, mps or xpu, or one of several, as in cuda:1")
     there = (name for name, node in config.evaluation.benchmarks.items() if node is not None)
     known("only", config.only, (*EMBEDDED, *there), "benchmark")
-    for name, low in (("steps", 1), ("guidance", 0)):
+    for name, low in (("steps", 1), ("guidance", 0), ("temperature", 0), ("top_k", 0)):
         value = getattr(config.sampler, name)
         require(value is None or low <= value < float("inf"), f"sampler.{name}", value, f"must be at least {low}")
     shift = config.sampler.time_shift
     require(shift is None or 0 < shift < float("inf"), "sampler.time_shift", shift, "must be positive")
+    top_p = config.sampler.top_p
+    require(top_p is None or 0 < top_p <= 1, "sampler.top_p", top_p, "must lie in (0, 1]")
 
 
 def _unused(key: str, explicit: Mapping[str, str], why: str) -> None:

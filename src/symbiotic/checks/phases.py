@@ -8,7 +8,7 @@ from __future__ import annotations
 from symbiotic.checks.rules import at_least, check_weights, known, require, share
 from symbiotic.schema import Condition, Config, ConfigError, Phase, Phases, near_miss
 
-LOGGED = ("train/", "grad_norm/", "routing/", "eval/", "conflict/", "leak/", "alarm/", "shared_only/")
+LOGGED = ("train/", "grad_norm/", "routing/", "eval/", "conflict/", "leak/", "alarm/", "shared_only/", "task/")
 """First parts of the names of metrics that a phase may end by; all of them are the same on every rank and machine,
 which speeds are not."""
 
@@ -37,9 +37,10 @@ def check_phases(config: Config) -> None:
 
 def _numbers(phases: Phases) -> None:
     at_least(phases, "phases.", 1, "steps")
-    at_least(phases, "phases.", 0, "shield_steps")
-    right = f"must be at most phases.steps={phases.steps}"
-    require(phases.shield_steps <= phases.steps, "phases.shield_steps", phases.shield_steps, right)
+    at_least(phases, "phases.", 0, "shield_steps stage1_steps")
+    for name in ("shield_steps", "stage1_steps"):
+        steps, right = getattr(phases, name), f"must be at most phases.steps={phases.steps}"
+        require(steps <= phases.steps, f"phases.{name}", steps, right)
     share(phases, "phases.", "release_scale")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from symbiotic.checks.rules import at_least, known, plain
-from symbiotic.layout import parameter_names
+from symbiotic.layout import trained_names
 from symbiotic.schema import Config, ConfigError
 from symbiotic.training.roles import assign_roles
 
@@ -56,7 +56,7 @@ def _conflict(config: Config) -> str | None:
 
 def _parameters(config: Config) -> str | None:
     roles = config.surgery.roles
-    assigned = assign_roles(parameter_names(config.model, config.system), config.rates.roles)
+    assigned = assign_roles(trained_names(config), config.rates.roles)
     if not roles or set(roles) & set(assigned.values()):
         return None
     return f"system={config.system.name} has no parameter of surgery.roles={plain(roles)}; name others, or none"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from symbiotic.checks.rules import at_least, known, plain, positive, require, share
-from symbiotic.layout import components, experts_seen, router_pools, shared_scopes
+from symbiotic.layout import components, experts_seen, groups, router_of, router_pools, shared_scopes
 from symbiotic.schema import KINDS, ConfigError, Model, System, near_miss
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
@@ -59,8 +59,11 @@ def _system(model: Model, system: System) -> None:
         for name, kinds in getattr(system, group).items():
             known(f"system.{group}.{name}", kinds or (), KINDS, "kind of token")
     _streams(system)
+    _merge(model, system)
     if system.pools:
         _top_k(model, system)
+        _task_router(system)
+        _mix(system)
     else:
         require(bool(shared_scopes(system)), "system.pools", "{}", "without pools, system.shared must name an expert")
 
@@ -87,10 +90,44 @@ def _streams(system: System) -> None:
         require(covered[kind] == 1, "system.streams", "{" + ", ".join(system.streams) + "}", right)
 
 
+def _merge(model: Model, system: System) -> None:
+    right = f"must divide model.num_experts={model.num_experts}"
+    require(system.merge >= 1 and model.num_experts % system.merge == 0, "system.merge", system.merge, right)
+
+
 def _top_k(model: Model, system: System) -> None:
+    key, top_k = "model.router.top_k" if system.top_k is None else "system.top_k", router_of(model, system).top_k
+    require(top_k >= 1, key, top_k, "must be at least 1")
     for kind, seen in experts_seen(model, system).items():
         right = f"tokens of kind {kind} see only {seen} experts in system={system.name}; must be at most {seen}"
-        require(model.router.top_k <= seen, "model.router.top_k", model.router.top_k, right)
+        require(top_k <= seen, key, top_k, right)
+    right = f"is for one expert per token, and {key}={top_k}; must be router or probability"
+    require(system.gate != "straight_through" or top_k == 1, "system.gate", system.gate, right)
+
+
+def _task_router(system: System) -> None:
+    if not system.task_router:
+        return
+    key, rows = "system.task_router", groups(system)
+    right = f"all kinds see {', '.join(rows[0])}: one group leaves nothing to choose; must be false"
+    require(len(rows) > 1, key, True, right)
+    pools = router_pools(system)
+    seen = Counter(pool for row in rows for pool in {pools[name] for name in row})
+    twice = [pool for pool, times in seen.items() if times > 1]
+    right = f"sends a token to the experts of one task, and the pool {', '.join(twice)} is seen by two; must be false"
+    require(not twice, key, True, right)
+
+
+def _mix(system: System) -> None:
+    if system.alpha_scale is None:
+        return
+    positive(system, "system.", "alpha_scale")
+    if not shared_scopes(system):  # nothing is mixed
+        return
+    covered = {kind for kinds in shared_scopes(system).values() for kind in kinds}
+    alone = [kind for kind in KINDS if kind not in covered]
+    right = f"tokens of kind {', '.join(alone)} pass through no shared expert that it could mix in; must be null"
+    require(not alone, "system.alpha_scale", system.alpha_scale, right)
 
 
 def _shield(system: System) -> None:

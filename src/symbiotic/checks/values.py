@@ -13,13 +13,14 @@ from pathlib import Path
 
 from symbiotic.checks.callbacks import check_callbacks
 from symbiotic.checks.evaluation import check_benchmarks
+from symbiotic.checks.lora import check_lora
 from symbiotic.checks.phases import check_phases
 from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
 from symbiotic.evaluation.names import METRICS
-from symbiotic.layout import parameter_names, shared_scopes
-from symbiotic.schema import KINDS, Config, ConfigError, Mix, near_miss
+from symbiotic.layout import shared_scopes, trained_names
+from symbiotic.schema import KINDS, Config, ConfigError, Mix, Objective, near_miss
 from symbiotic.training.roles import assign_roles
 
 _TRAINER = """
@@ -58,6 +59,7 @@ def check(config: Config) -> None:
     """
     _run(config)
     check_layout(config.model, config.system)
+    check_lora(config)
     check_callbacks(config)
     _rates(config)
     check_phases(config)
@@ -124,7 +126,7 @@ def _rates(config: Config) -> None:
     for role, patterns in rates.roles.items():
         for pattern in patterns:
             _compiles(f"rates.roles.{role}", pattern)
-    assign_roles(parameter_names(config.model, config.system), rates.roles)
+    assign_roles(trained_names(config), rates.roles)
 
 
 def _compiles(key: str, pattern: str) -> None:
@@ -144,13 +146,26 @@ def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
 
 def _objective(config: Config) -> None:
     objective = config.objective
-    at_least(objective, "objective.", 0, "ce_weight flow_weight balance_weight z_weight time_std")
+    weights = "ce_weight flow_weight image_ce_weight balance_weight z_weight task_weight"
+    at_least(objective, "objective.", 0, f"{weights} time_std codebook_size")
     share(objective, "objective.", "caption_dropout")
     at_least(objective.sampler, "objective.sampler.", 1, "steps")
-    at_least(objective.sampler, "objective.sampler.", 0, "guidance")
+    at_least(objective.sampler, "objective.sampler.", 0, "guidance temperature top_k")
+    top_p = objective.sampler.top_p
+    require(0 < top_p <= 1, "objective.sampler.top_p", top_p, "must lie in (0, 1]")
+    _codebook(objective)
     positive(objective.sampler, "objective.sampler.", "time_shift")
     _balance(config)
     check_benchmarks(config.evaluation)
+
+
+def _codebook(objective: Objective) -> None:
+    """Codes have a tokenizer and a number of codes; patches have neither."""
+    size, codes = objective.codebook_size, objective.name == "autoregressive"
+    right = "must be at least 2, the codes of objective.image_tokenizer" if codes else "objective=flow has no codes"
+    require(size >= 2 if codes else size == 0, "objective.codebook_size", size, right)
+    given, right = objective.image_tokenizer, "objective=autoregressive needs what makes codes of images"
+    require(given is not None or not codes, "objective.image_tokenizer", given, right)
 
 
 def _balance(config: Config) -> None:

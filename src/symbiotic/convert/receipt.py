@@ -27,15 +27,11 @@ def count_parameters(model: UnifiedModel) -> dict[str, int]:
     }
 
 
-def expert_gates(moe: MoE, x_ND: Tensor, kind_N: Tensor, experts: Tensor) -> Tensor:
-    """[N, E of the parent]: each token's gate of each parent expert, 0 where not chosen.
-
-    experts: [C] the parent's expert behind every column of this layer's routers.
-    """
+def expert_gates(moe: MoE, x_ND: Tensor, kind_N: Tensor) -> Tensor:
+    """[N, E]: each token's gate of each expert of a layer, 0 where not chosen. It sees what its kind does."""
     logits_NC = x_ND @ torch.cat(list(moe.routers.values()), dim=1)
     gates_NK, columns_NK, _ = route(logits_NC, moe.visible_MC[kind_N], moe.cfg)
-    gates_NE = gates_NK.new_zeros(len(x_ND), int(experts.max()) + 1)
-    return gates_NE.scatter_(1, experts[columns_NK], gates_NK)
+    return gates_NK.new_zeros(len(x_ND), moe.num_experts).scatter_(1, moe.expert_C[columns_NK], gates_NK)
 
 
 @torch.no_grad()
@@ -44,7 +40,8 @@ def gate_identity(parent: UnifiedModel, child: UnifiedModel, assignment: Assignm
     experts that they still see, and the largest change of a gate of such a token.
 
     Zero up to rounding where the router renormalises its top-k; elsewhere `factor` is the range of the one factor
-    per token by which the gates grew, since masked columns left the softmax.
+    per token by which the gates grew, since masked columns left the softmax. The gate of merged experts is held against
+    the sum of those of their parts, and changes: they are chosen together.
     """
     kind_N = probe.kind.reshape(-1)[probe.segment.reshape(-1) >= 0]
     layers, rows = iter(assignment), []
@@ -52,11 +49,10 @@ def gate_identity(parent: UnifiedModel, child: UnifiedModel, assignment: Assignm
         if not old.moe.pools:  # type: ignore[union-attr]
             continue
         owners = torch.tensor([e for experts in next(layers).values() for e in experts])
-        before = expert_gates(old.moe, x_ND, kind_N, torch.arange(len(owners)))  # type: ignore[arg-type]
-        after = expert_gates(new.moe, x_ND, kind_N, owners[new.moe.expert_C])  # type: ignore[union-attr,arg-type,index]
-        seen = torch.zeros(len(kind_N), len(owners), dtype=torch.bool)
-        seen[:, owners] = child.visible_experts[kind_N]
-        inside = ((before > 0) & ~seen).sum(1) == 0
+        parts = expert_gates(old.moe, x_ND, kind_N)[:, owners]  # type: ignore[arg-type]
+        before = parts.unflatten(1, (-1, child.system.merge)).sum(-1)
+        after = expert_gates(new.moe, x_ND, kind_N)  # type: ignore[arg-type]
+        inside = ((before > 0) & ~child.own_experts[kind_N]).sum(1) == 0
         factor = (after.sum(1) / before.sum(1))[inside]
         change = (after - before * (after.sum(1) / before.sum(1))[:, None])[inside].abs()
         rows.append(

@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from symbiotic.data.errors import DataError
 from symbiotic.data.formats import drop_caption, record_sample
-from symbiotic.data.packing import Sample, collate
+from symbiotic.data.image_codes import ImageCodes
+from symbiotic.data.packing import Sample, collate, with_codes
 from symbiotic.data.plan import DataPlan
 from symbiotic.data.shards import ShardReader
 from symbiotic.data.tokenizer import Tokenizer
@@ -27,10 +28,17 @@ class MicroBatches(Dataset[Batch]):
         folder: the corpus folder, with `tokenizer.json` and `shards/`.
         plan: which samples are in which micro-batch.
         cache_bytes: decoded samples are kept up to this size (per worker process); beyond it they are read again.
+        codes: of the generated images, where images are codes.
     """
 
-    def __init__(self, folder: str | Path, plan: DataPlan, cache_bytes: int = 256 * 2**20) -> None:
-        self.plan = plan
+    def __init__(
+        self,
+        folder: str | Path,
+        plan: DataPlan,
+        cache_bytes: int = 256 * 2**20,
+        codes: ImageCodes | None = None,
+    ) -> None:
+        self.plan, self.codes = plan, codes
         self.tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
         self.reader = ShardReader(Path(folder) / "shards", plan.index)
         self._room = cache_bytes
@@ -71,6 +79,8 @@ class MicroBatches(Dataset[Batch]):
         if len(sample) != index.num_tokens[number]:
             expected = index.num_tokens[number]
             raise DataError(f"{index.name(number)}: {len(sample)} tokens where the index says {expected}")
+        if self.codes is not None:
+            sample = with_codes(sample, self.codes[number])
         if self._room >= sample.nbytes:
             self._room -= sample.nbytes
             self._cache[number] = sample

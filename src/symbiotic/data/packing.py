@@ -7,7 +7,7 @@ Targets stand at the place that predicts: `target[i]` is token i + 1 where that 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -59,8 +59,9 @@ class Sample:
     target: Array  # [n] int64: next token, or IGNORE
     vit_patches: Array  # [v, P] float32 in [-1, 1]
     vit_grid: Array  # [v, 2] int64: row, column
-    latents: Array  # [l, P] float32
+    latents: Array  # [l, P] float32; [l, 0] with codes
     latent_grid: Array  # [l, 2] int64
+    codes: Array  # [l] int64 of an image tokenizer; [0] without
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -145,7 +146,32 @@ def build_sample(key: str, task: int | str, parts: Sequence[Part], patch: int = 
         vit_grid=vit_grid,
         latents=latents,
         latent_grid=latent_grid,
+        codes=np.zeros(0, dtype=np.int64),
     )
+
+
+def with_codes(sample: Sample, codes: Array) -> Sample:
+    """The sample with its generated images as codes [l], which are causal inside an image, in the place of patches.
+
+    Raises:
+        DataError: another number of codes than of latents.
+    """
+    if len(codes) != len(sample.latents):
+        raise DataError(f"sample {sample.key}: {len(codes)} codes for images of {len(sample.latents)} patches")
+    return replace(
+        sample,
+        latents=sample.latents[:, :0],
+        codes=np.asarray(codes, dtype=np.int64),
+        causal=sample.kind == VAE,
+    )
+
+
+def before_image(sample: Sample) -> Sample:
+    """What stands before the generated image, which ends the sample."""
+    latents = len(sample.latents)
+    words = {name: getattr(sample, name)[:-latents] for name in ("tokens", "kind", "span", "causal", "target")}
+    images = {name: getattr(sample, name)[:0] for name in ("latents", "latent_grid", "codes")}
+    return replace(sample, **words, **images)
 
 
 def _targets(tokens: Array, loss: Array) -> Array:
@@ -229,6 +255,7 @@ def collate(
         vit_patches=torch.from_numpy(np.concatenate([s.vit_patches for s in chosen])),
         vit_grid=torch.from_numpy(np.concatenate([s.vit_grid for s in chosen])),
         latents=torch.from_numpy(latents),
+        codes=torch.from_numpy(np.concatenate([s.codes for s in chosen])),
         latent_grid=torch.from_numpy(np.concatenate([s.latent_grid for s in chosen])),
         noise=torch.from_numpy(noise.astype(np.float32, copy=False)),
         time=torch.from_numpy(np.repeat(time, sizes).astype(np.float32)),

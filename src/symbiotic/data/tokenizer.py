@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
 from symbiotic.data.errors import DataError, readable_errors
+from symbiotic.images.tokenizer import ImageTokenizer
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<gen>", "<null>", "<unk>")
 PAD, BOS, EOS, IMAGE, IMAGE_END, GEN, NULL, UNK = range(len(SPECIALS))
@@ -21,7 +22,12 @@ _REMEMBERED = 4096  # texts
 
 
 class Tokenizer:
-    """Text to token ids and back. Ids 0 to 7 are `SPECIALS`, in every tokenizer of this project."""
+    """Text to token ids and back. Ids 0 to 7 are `SPECIALS`, in every tokenizer of this project.
+
+    images: that of the generated images, where they are codes (objective autoregressive).
+    """
+
+    images: ImageTokenizer | None = None
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner

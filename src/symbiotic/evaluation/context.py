@@ -137,13 +137,21 @@ class Context:
 
     def facts(self, caption: str, number: int) -> dict[str, str]:
         """What an image was made from."""
-        sampler = self.objective.sampler
         return {
             "prompt": caption,
             "seed": f"{self.seed}/{number}",
-            "guidance": f"{sampler.guidance:g}",
-            "sampler": f"euler, {sampler.steps} steps, time shift {sampler.time_shift:g}",
+            "guidance": f"{self.objective.sampler.guidance:g}",
+            "sampler": sampler_text(self.objective),
         }
+
+
+def sampler_text(objective: Objective) -> str:
+    """How images are sampled, guidance aside."""
+    sampler = objective.sampler
+    if objective.name == "autoregressive":
+        among = f"top-k {sampler.top_k or 'off'}, top-p {sampler.top_p:g}"
+        return f"code by code, temperature {sampler.temperature:g}, {among}"
+    return f"euler, {sampler.steps} steps, time shift {sampler.time_shift:g}"
 
 
 class Ledger:

@@ -17,6 +17,7 @@ from symbiotic.evaluation.frechet import frechet_value
 from symbiotic.evaluation.prompts import caption_samples, one_a_row
 from symbiotic.evaluation.scorers import Judges, Scorers
 from symbiotic.generation.images import start_noise
+from symbiotic.objectives.autoregressive import shifted
 from symbiotic.objectives.flow import data_from, noised
 
 NAMES = ("embedded_acc", "embedded_acc_held_out", "embedded_clip", "embedded_fd")
@@ -97,6 +98,44 @@ class FlowError(Benchmark):
             return [{"id": c.id, "error": error} for c, error in zip(shown, made.tolist(), strict=True)]
 
         yield self.name, mean([record["error"] for record in context.measured(self.name, numbered, measure)])
+
+
+class ImageCE(Benchmark):
+    """Cross-entropy (nats a code) of the codes of the captions' reference images, each given those before it."""
+
+    name = "image_ce"
+    needs_latents = True
+
+    def __init__(self, folder: Path, images: int) -> None:
+        self.folder, self.images = folder, images
+
+    def protocol(self) -> dict[str, object]:
+        return {"images": self.images}
+
+    def run(self, model: nn.Module, context: Context) -> Iterator[tuple[str, Value]]:
+        captions, pixels = read_captions(self.folder, self.images, context.problems)
+        numbered = context.chosen(list(enumerate(captions)))
+
+        def measure(some: Sequence[tuple[int, Caption]]) -> list[Record]:
+            shown = [caption for _, caption in some]
+            found = image_ces(model, shown, pixels[[i for i, _ in some]], context)
+            return [{"id": c.id, "image_ce": nats} for c, nats in zip(shown, found.tolist(), strict=True)]
+
+        yield self.name, mean([record["image_ce"] for record in context.measured(self.name, numbered, measure)])
+
+
+ERROR_OF: dict[str, Callable[[Path, int], Benchmark]] = {"flow": FlowError, "autoregressive": ImageCE}
+"""Objective -> how far off its predictions are, on reference images."""
+
+
+def image_ces(model: nn.Module, captions: Sequence[Caption], pixels: np.ndarray, context: Context) -> Tensor:
+    """[n] mean cross-entropy of each image's codes."""
+    samples = caption_samples([c.caption for c in captions], pixels.shape[1:3], context.tokenizer, pixels)
+    clean = one_a_row(samples).to(device_of(model))
+    nothing = torch.zeros_like(clean.target, dtype=torch.bool)
+    logits = model(shifted(clean), logits_at=nothing).prediction.float()
+    nats = torch.nn.functional.cross_entropy(logits, clean.codes, reduction="none")
+    return nats.view(len(samples), -1).mean(1).cpu()
 
 
 def flow_errors(

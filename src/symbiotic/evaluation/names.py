@@ -33,6 +33,7 @@ EMBEDDED = {
     "embedded_clip": Metric("embedded clip", "generation"),
     "embedded_fd": Metric("embedded Frechet distance", "generation", "lower", digits=1),
     "flow_error": Metric("flow error", "generation", "lower"),
+    "image_ce": Metric("image CE", "generation", "lower"),
 }
 
 OFFICIAL: dict[str, Metric] = {

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from symbiotic.data.formats import generation_parts
-from symbiotic.data.packing import Sample, build_sample, collate
+from symbiotic.data.packing import Sample, before_image, build_sample, collate, with_codes
 from symbiotic.data.tokenizer import EOS, Tokenizer
 from symbiotic.evaluation.benchmark import device_of
+from symbiotic.generation.codes import sample_codes, start_draws
 from symbiotic.generation.images import needs_unguided, sample_latents, start_noise, to_pixels
 from symbiotic.generation.text import greedy, last_logits
 from symbiotic.models.batch import Batch
@@ -78,12 +79,18 @@ def caption_samples(
 ) -> list[Sample]:
     """A sample per caption (None: without caption) for an image of `size` (height, width) pixels.
 
-    pixels: uint8 [n, H, W, 3], where the latents are to be those of an image.
+    pixels: uint8 [n, H, W, 3], where the latents (patches or codes) are to be those of an image.
     """
     empty = np.zeros((*size, 3), np.uint8)
     images = [empty] * len(captions) if pixels is None else list(pixels)
     parts = [generation_parts(i, c, tokenizer) for i, c in zip(images, captions, strict=True)]
-    return [build_sample(str(c), "t2i", part) for c, part in zip(captions, parts, strict=True)]
+    samples = [build_sample(str(c), "t2i", part) for c, part in zip(captions, parts, strict=True)]
+    if tokenizer.images is None:
+        return samples
+    if pixels is None:
+        return [with_codes(sample, np.zeros(len(sample.latents))) for sample in samples]
+    codes = tokenizer.images.encode(torch.from_numpy(np.stack(images))).cpu().numpy()
+    return [with_codes(sample, own) for sample, own in zip(samples, codes, strict=True)]
 
 
 def pictures(
@@ -99,20 +106,53 @@ def pictures(
 ) -> Tensor:
     """Generate one image per caption: uint8 [n, H, W, 3] on the CPU.
 
-    The noise of an image depends on (seed, its number) alone. Beside its caption, the batch that it is drawn in decides
-    how sums are rounded, so that in another batch a pixel may differ by one level. The caller holds the model in
-    evaluation mode (`benchmark.measuring`).
+    The chance in an image (noise, or draws) depends on (seed, its number) alone. Beside its caption, the batch that it
+    is drawn in decides how sums are rounded, so that in another batch a pixel may differ by one level. The caller holds
+    the model in evaluation mode (`benchmark.measuring`).
 
     Args:
-        numbers: what the noise of each image is drawn from; default 0, 1, 2, ...
+        tokenizer: with that of the images, where the objective is autoregressive.
+        numbers: what the chance in each image is drawn from; default 0, 1, 2, ...
         batch_size: images at a time, at most; with guidance, each takes two rows. See `by_length`.
     """
     guided, numbers = needs_unguided(objective.sampler.guidance), numbers or range(len(captions))
     samples, free = caption_samples(captions, size, tokenizer), caption_samples([None], size, tokenizer)
     images = torch.zeros(len(captions), *size, 3, dtype=torch.uint8)
     for places in by_length([len(sample) for sample in samples], batch_size, 1 + guided):
-        batch = one_a_row([samples[i] for i in places] + free * (len(places) if guided else 0))
-        noise = start_noise(seed, [numbers[i] for i in places], *free[0].latents.shape)
-        made = sample_latents(model, batch.to(device_of(model)), noise, objective.sampler, objective.prediction)
-        images[places] = to_pixels(made, *size)
+        rows = [samples[i] for i in places] + free * (len(places) if guided else 0)
+        draw = from_codes if objective.name == "autoregressive" else from_flow
+        images[places] = draw(model, rows, [numbers[i] for i in places], seed, tokenizer, objective, size)
     return images
+
+
+def from_flow(
+    model: nn.Module,
+    rows: Sequence[Sample],
+    numbers: Sequence[int],
+    seed: int,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    size: tuple[int, int],
+) -> Tensor:
+    """uint8 [n, H, W, 3]: one batch of `pictures`, its latents flowing from noise. rows: captions, then those without,
+    as far as guidance needs them."""
+    noise = start_noise(seed, numbers, *rows[0].latents.shape)
+    batch = one_a_row(rows).to(device_of(model))
+    return to_pixels(sample_latents(model, batch, noise, objective.sampler, objective.prediction), *size)
+
+
+def from_codes(
+    model: nn.Module,
+    rows: Sequence[Sample],
+    numbers: Sequence[int],
+    seed: int,
+    tokenizer: Tokenizer,
+    objective: Objective,
+    size: tuple[int, int],
+) -> Tensor:
+    """The same by codes, one after the other, which the image tokenizer decodes."""
+    assert tokenizer.images is not None
+    grid, batch = torch.from_numpy(rows[0].latent_grid), one_a_row([before_image(row) for row in rows])
+    draws = start_draws(seed, numbers, len(grid))
+    codes = sample_codes(model, batch.to(device_of(model)), grid, draws, objective.sampler)
+    return tokenizer.images.decode(codes, *size).cpu()

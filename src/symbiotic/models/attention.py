@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from symbiotic.models.lora import Adaptable
 from symbiotic.models.places import Places, scale_gradient
 from symbiotic.schema import Attention as AttentionConfig
 from symbiotic.schema import Model, System
@@ -44,7 +45,7 @@ def rotate(x_NHh: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-class Projections(nn.Module):
+class Projections(Adaptable):
     """One stream's norm, Q, K, V, O and QK-norm."""
 
     def __init__(self, cfg: AttentionConfig, width: int, eps: float) -> None:
@@ -64,13 +65,17 @@ class Projections(nn.Module):
     def qkv(self, x_ND: Tensor) -> Tensor:
         """[N, (H + 2G) * h], normed where the config says so."""
         x_ND = self.norm(x_ND)
-        q, k, v = self.q(x_ND), self.k(x_ND), self.v(x_ND)
+        q, k, v = (self.updated(name, getattr(self, name)(x_ND), x_ND) for name in "qkv")
         if self.cfg.qk_norm == "full":
             q, k = self.q_norm(q), self.k_norm(k)
         elif self.cfg.qk_norm == "head":
             q = self.q_norm(q.unflatten(-1, (-1, self.cfg.head_dim))).flatten(-2)
             k = self.k_norm(k.unflatten(-1, (-1, self.cfg.head_dim))).flatten(-2)
         return torch.cat([q, k, v], dim=-1)
+
+    def out(self, y_NF: Tensor) -> Tensor:
+        """[N, D]"""
+        return self.updated("o", self.o(y_NF), y_NF)
 
 
 class Attention(nn.ModuleDict):
@@ -86,7 +91,7 @@ class Attention(nn.ModuleDict):
         qk, v = qkv.unflatten(-1, (-1, cfg.head_dim)).split([cfg.num_heads + cfg.num_kv_heads, cfg.num_kv_heads], 1)
         q, k = rotate(qk, angles).split([cfg.num_heads, cfg.num_kv_heads], 1)
         y_NF = self.attend(q, k, v, places).flatten(1)
-        return by_stream({s: p.o for s, p in self.items()}, self.system, y_NF, places)  # type: ignore[misc]
+        return by_stream({s: p.out for s, p in self.items()}, self.system, y_NF, places)  # type: ignore[misc]
 
     def attend(self, q_NHh: Tensor, k_NGh: Tensor, v_NGh: Tensor, places: Places) -> Tensor:
         """Under the `strict` shield latent queries read keys and values of other tokens with scaled gradient (ours).
@@ -106,6 +111,8 @@ class Attention(nn.ModuleDict):
         groups = self.cfg.num_heads // self.cfg.num_kv_heads
         rows = (x.unflatten(0, places.shape).transpose(1, 2) for x in (q_NHh, k_NGh, v_NGh))
         q, k, v = rows
+        if places.cache is not None:
+            k, v = places.cache.extended(self, k, v)
         if groups > 1:
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from symbiotic.layout import pool_sizes, router_pools, shared_scopes, shield_kinds
+from symbiotic.layout import mixes, pool_sizes, router_of, router_pools, shared_scopes, shield_kinds
 from symbiotic.models.balance import z_loss
+from symbiotic.models.lora import Adaptable
 from symbiotic.models.places import Places, product, scale_gradient
-from symbiotic.models.routing import Columns, columns_to_experts, count_by_kind, route
+from symbiotic.models.routing import Columns, columns_to_experts, count_by_kind, route, straight_through
+from symbiotic.models.task_router import TaskRouter, TaskStats
 from symbiotic.schema import KINDS, Model, System
 
 
@@ -29,6 +31,7 @@ class LayerTrace(NamedTuple):
     gates_NK: Tensor
     routed_ND: Tensor  # what the routed experts added to the residual stream
     shared_ND: Tensor  # what the shared experts added
+    visible_NE: Tensor  # bool, the experts that the token could choose among
 
 
 class LayerStats(NamedTuple):
@@ -36,6 +39,7 @@ class LayerStats(NamedTuple):
     probs_ME: Tensor
     z: Tensor
     trace: LayerTrace | None = None
+    task: TaskStats | None = None
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -44,7 +48,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-class Experts(nn.Module):
+class Experts(Adaptable):
     """One pool: E SwiGLU experts in stacked weights, one `grouped_mm` for all of them.
 
     An `nn.ModuleList` would crash DDP when an expert gets no token (spec: reliability 1.12); stacked weights do not.
@@ -61,12 +65,12 @@ class Experts(nn.Module):
         weight_scale_A1: factor on each row's part in the gradient of the weights (shield mode `weights`).
         """
         if len(x_AD) == 0:  # the backward of grouped_mm refuses an empty operand; the weights must stay in the graph
-            return x_AD + 0.0 * (self.w_in.sum() + self.w_out.sum())
-        hidden_AF = swiglu(product(x_AD, self.w_in, weight_scale_A1, ends_E))
-        return product(hidden_AF, self.w_out, weight_scale_A1, ends_E)
+            return x_AD + 0.0 * sum(weight.sum() for weight in self.parameters())
+        hidden_AF = swiglu(self.times("w_in", x_AD, weight_scale_A1, ends_E))
+        return self.times("w_out", hidden_AF, weight_scale_A1, ends_E)
 
 
-class SharedExpert(nn.Module):
+class SharedExpert(Adaptable):
     """A SwiGLU FFN that every token of its scope passes through; optionally gated (Qwen1.5-MoE)."""
 
     def __init__(self, width: int, hidden: int, gated: bool = False) -> None:
@@ -77,8 +81,8 @@ class SharedExpert(nn.Module):
 
     def forward(self, x_ND: Tensor, weight_scale_N1: Tensor | None = None) -> Tensor:
         """weight_scale_N1: factor on each token's part in the gradient of the weights (shield mode `weights`)."""
-        hidden_NF = swiglu(product(x_ND, self.w_in, weight_scale_N1))
-        y_ND = product(hidden_NF, self.w_out, weight_scale_N1)
+        hidden_NF = swiglu(self.times("w_in", x_ND, weight_scale_N1))
+        y_ND = self.times("w_out", hidden_NF, weight_scale_N1)
         return y_ND if self.gate is None else y_ND * torch.sigmoid(product(x_ND, self.gate, weight_scale_N1))
 
 
@@ -90,6 +94,7 @@ class MoE(nn.Module):
 
     expert_C: Tensor
     visible_MC: Tensor
+    sees_RC: Tensor
     bias: Tensor | None
     routed_off = False  # True: as if the routed experts added nothing (see `shared_only`)
 
@@ -97,27 +102,34 @@ class MoE(nn.Module):
         super().__init__()
         sizes = {} if dense else pool_sizes(model, system)
         columns = {} if dense else router_pools(system)
-        self.cfg, self.num_experts = model.router, sum(sizes.values())
+        self.cfg, self.num_experts = router_of(model, system), sum(sizes.values())
+        self.straight_through, self.alpha_scale = system.gate == "straight_through", system.alpha_scale
+        hidden = system.merge * model.expert_hidden
         self.shield_mode, self.shielded_kinds = system.shield.mode, shield_kinds(system)
-        self.pools = nn.ModuleDict({p: Experts(e, model.width, model.expert_hidden) for p, e in sizes.items()})
+        self.pools = nn.ModuleDict({p: Experts(e, model.width, hidden) for p, e in sizes.items()})
         self.routers = nn.ParameterDict()
         for name, pool in columns.items():  # one by one: ParameterDict sorts a plain dict, and the order is the layout
             self.routers[name] = nn.Parameter(torch.empty(model.width, sizes[pool]))
         self.scopes = {"dense": KINDS} if dense else shared_scopes(system)
         hidden = dense or model.shared_hidden + (0 if sizes else model.router.top_k * model.expert_hidden)
         self.shared = nn.ModuleDict({s: SharedExpert(model.width, hidden, model.gated_shared) for s in self.scopes})
+        self.mix = nn.Parameter(torch.empty(1)) if sizes and mixes(system) else None
+        self.task_router: TaskRouter | None = None
         if sizes:
             table = Columns(model, system)
             self.one_to_one, self.all_visible = table.one_to_one, bool(table.visible_MC.all())
             self.register_buffer("expert_C", table.expert_C, persistent=False)
             self.register_buffer("visible_MC", table.visible_MC, persistent=False)
+            if system.task_router:
+                self.task_router = TaskRouter(model.width, table.routers_RM)
+                self.register_buffer("sees_RC", table.sees_RC, persistent=False)
         self.register_buffer("bias", torch.zeros(len(table.expert_C)) if sizes and model.router.bias else None)
 
     def forward(self, x_ND: Tensor, places: Places) -> tuple[Tensor, LayerStats | None]:
         y_ND, stats = self.routed(x_ND, places) if self.pools else (torch.zeros_like(x_ND), None)
         if self.routed_off:
             y_ND = torch.zeros_like(y_ND)
-        routed_ND = y_ND
+        y_ND = routed_ND = self.mixed(y_ND, 1)
         for name in self.shared:
             y_ND = self.add_shared(y_ND, x_ND, name, places)
         if stats is not None and stats.trace is not None:
@@ -125,17 +137,26 @@ class MoE(nn.Module):
             stats = stats._replace(trace=trace)
         return y_ND, stats
 
+    def mixed(self, y_ND: Tensor, side: int) -> Tensor:
+        """The part of an output in `s (alpha E + (1 - alpha) S)`, alpha = sigmoid(a) (UTAMoE): of routed experts, E, on
+        side 1, of shared ones, S, on side -1, as 1 - sigmoid(a) = sigmoid(-a). As it is where nothing is mixed."""
+        if self.mix is None or self.alpha_scale is None:
+            return y_ND
+        return y_ND * (self.alpha_scale * torch.sigmoid(side * self.mix.float())).to(y_ND.dtype)
+
     # ------------------------------------------------------------------ routed experts
 
     def routed(self, x_ND: Tensor, places: Places) -> tuple[Tensor, LayerStats]:
-        """`y = sum_{i in S} w_i E_i(x)`; each token chooses S among the columns that its kind sees.
+        """`y = sum_{i in S} w_i E_i(x)`; each token chooses S among the columns that its kind, or its task, sees.
 
         Logits, gates and counts are in float32 under autocast too: bfloat16 cannot count to 257.
         """
-        visible_NC = None if self.all_visible else self.visible_MC[places.kind_N]
         with torch.autocast(x_ND.device.type, enabled=False):
+            visible_NC, task = self.visible(x_ND, places)
             logits_NC = x_ND.float() @ torch.cat(list(self.routers.values()), dim=1).float()
             gates_NK, columns_NK, probs_NC = route(logits_NC, visible_NC, self.cfg, self.bias)
+            if self.straight_through:
+                gates_NK = straight_through(gates_NK, columns_NK, probs_NC)
             counts_MC = count_by_kind(columns_NK, places.kinds_NM, logits_NC.shape[1])
             probs_MC = places.kinds_NM.T @ probs_NC
             if not self.one_to_one:
@@ -146,9 +167,17 @@ class MoE(nn.Module):
         y_ND = self.dispatch(x_ND, gates_NK.to(x_ND.dtype), experts_NK, places)
         trace = None
         if places.trace:
-            probs_NE = columns_to_experts(probs_NC, self.expert_C, self.num_experts)
-            trace = LayerTrace(probs_NE, experts_NK, gates_NK, y_ND, y_ND)
-        return y_ND, LayerStats(counts_MC, probs_MC, z, trace)
+            seen_NC = torch.ones_like(probs_NC) if visible_NC is None else visible_NC.to(probs_NC)
+            probs_NE, seen_NE = (columns_to_experts(v, self.expert_C, self.num_experts) for v in (probs_NC, seen_NC))
+            trace = LayerTrace(probs_NE, experts_NK, gates_NK, y_ND, y_ND, seen_NE > 0)
+        return y_ND, LayerStats(counts_MC, probs_MC, z, trace, task)
+
+    def visible(self, x_ND: Tensor, places: Places) -> tuple[Tensor | None, TaskStats | None]:
+        """[N, C] the columns that each token sees: by its kind, or by the task router's choice. None: all."""
+        if self.task_router is not None:
+            group_N, task = self.task_router(x_ND, places)
+            return self.sees_RC[group_N], task
+        return (None if self.all_visible else self.visible_MC[places.kind_N]), None
 
     def dispatch(self, x_ND: Tensor, gates_NK: Tensor, experts_NK: Tensor, places: Places) -> Tensor:
         """Sort the assignments by expert, one grouped product per pool, sum each token's k outputs.
@@ -187,9 +216,11 @@ class MoE(nn.Module):
         """`y + E_shared(x)` on the tokens of its scope, the gradient of shielded kinds scaled."""
         expert, scope = self.shared[name], self.scopes[name]
         if set(scope) == set(KINDS):
-            return y_ND + self.shielded(expert, self.gradient_scale(f"shared.{name}", None, places), x_ND)
+            added = self.shielded(expert, self.gradient_scale(f"shared.{name}", None, places), x_ND)
+            return y_ND + self.mixed(added, -1)
         index = places.index(scope)
         added = self.shielded(expert, self.gradient_scale(f"shared.{name}", index, places), x_ND[index])
+        added = self.mixed(added, -1)
         return y_ND.index_add(0, index, added.to(y_ND.dtype))
 
     def gradient_scale(self, component: str, rows: Tensor | None, places: Places) -> Tensor | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from symbiotic.models.batch import VAE, Batch
+from symbiotic.models.cache import KVCache
 from symbiotic.schema import KINDS
 
 
@@ -20,11 +21,19 @@ class Places:
     """Token places of one batch, flat, and the masks derived from them.
 
     shield: [] float level in [0, 1], or None where no gradient is to be shielded (evaluation, sampling).
-    trace: whether the MoE layers hand out what they did token by token.
+    trace: whether the MoE layers hand out what they did token by token. cache: keys and values of earlier tokens.
+    by_truth: [] bool, whether task routers send tokens by their true task; None: by the predicted one.
     """
 
-    def __init__(self, batch: Batch, shield: Tensor | None, trace: bool = False) -> None:
-        self.trace = trace
+    def __init__(
+        self,
+        batch: Batch,
+        shield: Tensor | None,
+        trace: bool = False,
+        by_truth: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> None:
+        self.trace, self.by_truth, self.cache = trace, by_truth, cache
         self.shape = tuple(batch.kind.shape)
         self.kind_N = batch.kind.reshape(-1)
         self.valid_N = batch.segment.reshape(-1) >= 0
@@ -32,7 +41,8 @@ class Places:
         one_hot = self.kind_N[:, None] == torch.arange(len(KINDS), device=self.kind_N.device)
         self.kinds_NM = (one_hot & self.valid_N[:, None]).float()
         self.tokens_M = self.kinds_NM.sum(0)
-        self.mask = attention_mask(batch)
+        own = attention_mask(batch)
+        self.mask = own if cache is None else cache.mask(own)
         self._index: dict[tuple[str, ...], Tensor] = {}
 
     def index(self, kinds: Sequence[str]) -> Tensor:

@@ -7,7 +7,7 @@ share a router.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,25 +20,30 @@ from symbiotic.schema import KINDS, Model, Router, System
 class RoutingStats:
     """What the routers of all MoE layers did with one micro-batch. Padding is not in it.
 
-    `probs` carries gradient (the balance loss is made of it); `detach` before keeping.
+    `probs` carries gradient (the balance loss is made of it); `detach` before keeping. The last two are there only
+    with a task router (R groups of experts, see `task_router.py`).
     """
 
     counts: Tensor  # [L, M, E] assignments of tokens of a kind to an expert
     probs: Tensor  # [L, M, E] sum over the tokens of a kind of the router's probabilities
     tokens: Tensor  # [M] tokens of a kind
+    predicted: Tensor | None = None  # [L, M, R] tokens of a kind by the group that the task router predicts
+    sent: Tensor | None = None  # [L, M, R] and by the group whose experts they used
 
     def detach(self) -> RoutingStats:
-        return RoutingStats(self.counts.detach(), self.probs.detach(), self.tokens.detach())
+        return replace(self, counts=self.counts.detach(), probs=self.probs.detach(), tokens=self.tokens.detach())
 
 
 class Columns:
     """The router columns of a system, in storage order: whose they are and who sees them.
 
     expert_C: the expert that a column scores, numbered pool after pool. visible_MC: kind sees column.
-    visible_ME: kind may use expert. routers_RM: which kinds share a router.
+    visible_ME: kind sees expert. routers_RM: which kinds share a router. sees_RC: the columns of a router.
+    by_task: a task router chooses the router of a token, so that its kind sees what it sees only if that is right.
     """
 
     def __init__(self, model: Model, system: System) -> None:
+        self.by_task = system.task_router
         with torch.device("cpu"):  # real numbers also while a model is built on the meta device
             self._build(model, system)
 
@@ -64,6 +69,7 @@ class Columns:
         self.routers_RM = torch.zeros(len(kinds_by_view), len(KINDS))
         for r, kinds in enumerate(kinds_by_view.values()):
             self.routers_RM[r, kinds] = 1.0
+        self.sees_RC = self.visible_MC[self.routers_RM.argmax(1)]
 
 
 def route(
@@ -92,15 +98,22 @@ def route(
     return gates_NK * cfg.scale, columns_NK, probs_NC
 
 
+def straight_through(gates_NK: Tensor, columns_NK: Tensor, probs_NC: Tensor) -> Tensor:
+    """`g + p - sg(p)`: the gates bit for bit, with the gradient of the probabilities (ours, for gates of one)."""
+    probs_NK = probs_NC.gather(1, columns_NK)
+    return gates_NK + (probs_NK - probs_NK.detach())
+
+
 def bias_update(counts_LME: Tensor, columns: Columns, rate: float) -> Tensor:
     """[L, C]: what aux-loss-free balancing adds to the biases after a step, `u sign(mean load - load)` per router.
 
     counts_LME: assignments of the step, over all micro-batches and ranks. Where routers share a column, the sign is
-    that of the sum of their differences. Zero for the columns of routers without a token.
+    that of the sum of their differences. Zero for the columns of routers without a token. A router's tokens are those
+    of its kinds, or by task, those that chose its experts.
     """
     difference_LC = counts_LME.new_zeros(len(counts_LME), len(columns.expert_C))
-    for kinds_M in columns.routers_RM.to(counts_LME.device):
-        sees_C = columns.visible_MC.to(counts_LME.device)[int(kinds_M.argmax())]
+    members_RM = torch.ones_like(columns.routers_RM) if columns.by_task else columns.routers_RM
+    for kinds_M, sees_C in zip(members_RM.to(counts_LME.device), columns.sees_RC.to(counts_LME.device), strict=True):
         load_LC = torch.einsum("m,lmc->lc", kinds_M.to(counts_LME.dtype), counts_LME[:, :, columns.expert_C])
         mean_L1 = (load_LC * sees_C).sum(1, keepdim=True) / sees_C.sum().clamp(min=1)
         difference_LC += (mean_L1 - load_LC) * sees_C

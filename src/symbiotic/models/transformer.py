@@ -60,13 +60,13 @@ def run_blocks(
 def initial(name: str, parameter: Tensor, seed: int, std: float, num_layers: int) -> Tensor:
     """A fresh value, a function of (seed, name) only: arms that share a parameter start from the same one.
 
-    Norm weights are 1, biases 0, everything else Normal(0, std); what writes to the residual stream is smaller by
-    sqrt(2 * layers) (GPT-2).
+    Norm weights are 1; biases, mixes (so alpha = 1/2) and the B of low-rank updates 0; everything else Normal(0, std),
+    what writes to the residual stream smaller by sqrt(2 * layers) (GPT-2).
     """
     leaf = name.rsplit(".", 1)[-1]
     if "norm" in name and leaf == "weight":
         return torch.ones_like(parameter)
-    if leaf == "bias":
+    if leaf in ("bias", "mix", "b"):
         return torch.zeros_like(parameter)
     generator = torch.Generator().manual_seed(_stable_hash(f"{seed}/{name}"))
     writes = name.startswith("blocks.") and (name.endswith(".o.weight") or leaf == "w_out")

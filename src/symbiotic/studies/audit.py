@@ -27,7 +27,17 @@ from symbiotic.studies.written import as_written
 
 GROUPS = {
     "architecture": ("system", "model"),
-    "optimisation": ("rates", "objective", "surgery", "trainer", "compile", "recompute", "callbacks", "log_every"),
+    "optimisation": (
+        "rates",
+        "objective",
+        "surgery",
+        "lora",
+        "trainer",
+        "compile",
+        "recompute",
+        "callbacks",
+        "log_every",
+    ),
     "schedule": ("phases", "init"),
     "data": ("data", "mix"),
     "evaluation": ("evaluation",),

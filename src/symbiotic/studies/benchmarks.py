@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from symbiotic.checks.evaluation import EMBEDDED
+from symbiotic.checks.evaluation import EMBEDDED, ERRORS
 from symbiotic.config import instantiate
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value
 from symbiotic.evaluation.context import Context
@@ -27,9 +27,11 @@ def make_suite(config: EvalConfig, trained: Trained) -> Suite:
     objective = dataclasses.replace(trained.config.objective, sampler=sampler)
     evaluation, more = config.evaluation, list(make_benchmarks(config.evaluation).values())
     if (trained.corpus / TOKENIZER).is_file():
-        suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more)
+        images = trained.tokenizer.images
+        suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more, images)
     else:
-        absent = [Absent(name, trained.corpus) for name in EMBEDDED]
+        others = {error for name, error in ERRORS.items() if name != objective.name}
+        absent = [Absent(name, trained.corpus) for name in EMBEDDED if name not in others]
         suite = Suite([*absent, *more], trained.tokenizer, objective, batch_size=evaluation.batch_size)
         suite.caption_tokens = evaluation.caption_tokens
     suite.size = trained.size

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from symbiotic.models.unified import UnifiedModel
+from symbiotic.models.unified import model_of
 from symbiotic.schema import KINDS, Config
 from symbiotic.studies.flops import Flops, count_flops
 from symbiotic.studies.inventory import classify, inventory
@@ -68,7 +68,7 @@ class Budget:
 def budget(config: Config, runs: Sequence[Run]) -> Budget:
     """Of an arm. config: that of its runs, seed aside."""
     with torch.device("meta"):
-        model = UnifiedModel(config.model, config.system)
+        model = model_of(config).adapt(config.lora, config.seed)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     seconds = [run.summary.get("seconds", {}).get("joint") for run in runs]
     return Budget(

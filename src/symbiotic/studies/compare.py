@@ -176,7 +176,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for scores in (["knowledge_unreplayed", "knowledge_replayed", "reading"], ["embedded_acc", "flow_error"]):
+    errors = [e for e in ("flow_error", "image_ce") if any(arm.values(s, e) for arm in found for s in chosen.steps)]
+    for scores in (["knowledge_unreplayed", "knowledge_replayed", "reading"], ["embedded_acc", *errors]):
         print(markdown(*table(found, scores, chosen.steps)), end="\n\n")
     anchors = {run.config["seed"]: run.summary["anchors"]["stage 0"] for arm in found for run in arm.runs}
     print("stage 0:", {seed: {k: round(v, 3) for k, v in scores.items()} for seed, scores in sorted(anchors.items())})

@@ -87,6 +87,9 @@ def phase_table(config: Config, roles: Sequence[str] | None = None) -> Renderabl
     columns = ["phase", "steps", "shield", *(f"rate of {', '.join(g)}" for g in groups), "balance", "frozen", "mix"]
     if all(phase.mix is None for phase in config.phases.list):
         columns, rows = columns[:-1], [row[:-1] for row in rows]
+    if config.system.task_router:
+        columns.append("routed by")
+        rows = [[*row, phase.route_by] for row, phase in zip(rows, active_phases(config.phases), strict=True)]
     early = [f"{p.name}: as soon as {p.when.metric} {bounds(p.when)}" for p in config.phases.list if p.when]
     title = f"Phases of joint training, system {config.system.name}"
     caption = "* or earlier, and the next phase starts then: " + "; ".join(early) if early else None
@@ -173,7 +176,7 @@ def split_table(receipt: Mapping[str, Any]) -> RenderableType:
         rows.append([str(layer), *cells, percent(gates["tokens_inside"], 1), f"{gates['max_gate_change']:.1e}", factor])
     n = receipt["parameters"]
     caption = (
-        f"Parameters {n['before']:,} before, {n['after']:,} after (+{n['added']:,}), and {n['latent_modules']:,} for "
+        f"Parameters {n['before']:,} before, {n['after']:,} after ({n['added']:+,}), and {n['latent_modules']:,} for "
         "latents. Top-k inside: tokens whose old experts are all still visible; gate change and factor are theirs."
     )
     columns = ["layer", *(f"pool {pool}" for pool in pools), "top-k inside", "gate change", "gate factor"]

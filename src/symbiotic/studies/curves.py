@@ -99,7 +99,7 @@ def _panel(axis: Any, title: str, chosen: Mapping[str, Series], events: Sequence
 
 
 def _losses(series: Mapping[str, Series]) -> dict[str, Series]:
-    return {name: series[f"train/{name}"] for name in ("ce", "flow") if f"train/{name}" in series}
+    return {name: series[f"train/{name}"] for name in ("ce", "flow", "image_ce") if f"train/{name}" in series}
 
 
 def _capacity(series: Mapping[str, Series]) -> dict[str, Series]:

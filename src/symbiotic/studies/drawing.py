@@ -27,7 +27,7 @@ from symbiotic.evaluation.prompts import pictures
 from symbiotic.runs import digest, locked, source_hash, state_hash
 from symbiotic.schema import ConfigError
 from symbiotic.studies.evaluate import CODE, weights_name
-from symbiotic.studies.generate import Job, Request, pixels
+from symbiotic.studies.generate import OF_OBJECTIVE, Job, Request, pixels
 from symbiotic.studies.inputs import size_fault, unknown_line
 from symbiotic.trained import Trained, open_run
 
@@ -70,14 +70,21 @@ def sampling(request: Request, trained: Trained) -> Context:
     """The run's words and objective, with the sampler and the size that are asked for.
 
     Raises:
-        ConfigError: a size that the model cannot draw.
+        ConfigError: a size that the model cannot draw, or a key that its objective does not have.
     """
     size = pixels(request.size) or trained.size
     fault = size_fault(*size, trained.config.model.max_grid)
     if fault:
         raise ConfigError(f"size={size[0]}x{size[1]}: {fault}")
-    asked = {"guidance": request.guidance, "steps": request.steps, "time_shift": request.time_shift}
-    changed: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    changed: dict[str, Any] = {
+        name: getattr(request, name)
+        for name in ("guidance", *(key for keys in OF_OBJECTIVE.values() for key in keys))
+        if getattr(request, name) is not None
+    }
+    own = trained.config.objective.name
+    for name in changed:
+        if name != "guidance" and name not in OF_OBJECTIVE[own]:
+            raise ConfigError(f"{name}={changed[name]:g}: has no effect: the run's objective is {own}")
     sampler = dataclasses.replace(trained.config.objective.sampler, **changed)
     objective = dataclasses.replace(trained.config.objective, sampler=sampler)
     return Context(trained.tokenizer, objective, size, batch_size=request.batch_size)

@@ -40,7 +40,7 @@ been measured is not measured again, and what was interrupted goes on.
   step=N             of one run: the checkpoint of this optimiser step; 0: what joint training started from
   ema=true           of one run: the averaged weights that the run ended with
   seed=N             draws the noise that images start from (default: the run's own)
-  sampler.steps=N  sampler.guidance=X  sampler.time_shift=X
+  sampler.steps=N  sampler.guidance=X  sampler.time_shift=X  sampler.temperature=X  sampler.top_k=N  sampler.top_p=X
                      image sampling (default: the run's own); part of the protocol
   data=FOLDER        where the corpora lie, if they were moved
   device=cpu         where the model runs;   threads=1   torch threads

@@ -37,8 +37,10 @@ seed and j alone, and the same call makes the same bytes. Images that are there 
                    left out. A line that cannot be used is named, the others are drawn, and the exit status is 1
   n=4              images of each prompt, numbers 0 to n-1
   seed=0           draws, with each image's number, the noise that it starts from
-  guidance=X  steps=N  time_shift=X
-                   image sampling (default: the run's own)
+  guidance=X       image sampling (default: the run's own); further, of a run with the objective flow,
+  steps=N  time_shift=X
+                   and of one with the objective autoregressive,
+  temperature=X  top_k=N  top_p=X
   size=HxW         pixels (default: those of the images it was trained on)
   out=FOLDER       where the images go (default: generated/… in the run folder)
   checkpoint=FILE  weights, .safetensors or .ckpt (default: those that the run ended with)
@@ -64,6 +66,9 @@ class Request:
     guidance: float | None = None
     steps: int | None = None
     time_shift: float | None = None
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
     size: str | None = None
     out: str | None = None
     checkpoint: str | None = None
@@ -94,8 +99,11 @@ class Job(NamedTuple):
 MOST = 100_000
 """Images of one prompt."""
 
-READ = dict.fromkeys(("n", "seed", "steps", "step", "batch_size"), whole)
-READ |= {"guidance": number, "time_shift": number, "ema": flag}
+READ = dict.fromkeys(("n", "seed", "steps", "step", "top_k", "batch_size"), whole)
+READ |= dict.fromkeys(("guidance", "time_shift", "temperature", "top_p"), number) | {"ema": flag}
+
+OF_OBJECTIVE = {"flow": ("steps", "time_shift"), "autoregressive": ("temperature", "top_k", "top_p")}
+"""Objective -> the keys of sampling that only its runs have."""
 
 
 def check_request(request: Request) -> None:
@@ -103,12 +111,14 @@ def check_request(request: Request) -> None:
     if (request.prompt is None) == (request.prompts is None):
         raise ConfigError("prompt=WORDS draws one caption, prompts=FILE those of a file; give one of the two")
     check_line(Line("of the file" if request.prompt is None else request.prompt, request.n, request.seed))
-    for name, least in (("steps", 1), ("guidance", 0), ("batch_size", 1)):
+    for name, least in (("steps", 1), ("guidance", 0), ("temperature", 0), ("top_k", 0), ("batch_size", 1)):
         value = getattr(request, name)
         if value is not None and not least <= value < math.inf:
             raise ConfigError(f"{name}={value:g}: must be at least {least}")
     if request.time_shift is not None and not 0 < request.time_shift < math.inf:
         raise ConfigError(f"time_shift={request.time_shift:g}: must be positive; 1 is none")
+    if request.top_p is not None and not 0 < request.top_p <= 1:
+        raise ConfigError(f"top_p={request.top_p:g}: must lie in (0, 1]; 1 is none")
     pixels(request.size)
     check_device(request.device)
     check_weights_choice(request.checkpoint, request.step, request.ema)

@@ -31,7 +31,8 @@ USAGE = """\
 python src/inspect_run.py run=FOLDER prompt="WORDS" [key=value ...]
 
 Shows which experts every token of one prompt uses in every layer, with which gates, and how much of what the layer
-adds comes from the shared experts: on the terminal, and as inspection.txt, .html and .json.
+adds comes from the shared experts, and on request what the output depends on: on the terminal, and as inspection.txt,
+.html and .json.
 
   run=FOLDER       the folder of a run (it holds config.yaml), or of a cached parent
   prompt=WORDS     a question, or a caption
@@ -40,6 +41,8 @@ adds comes from the shared experts: on the terminal, and as inspection.txt, .htm
                    mixed with the noise that it started from; one forward on that is shown
   time=0.5         generation: flow time in [0, 1]; 0 is the image, 1 is noise
   seed=0           generation: draws the noise
+  attribute=true   also what the model's answer, or the image, depends on: integrated gradients of its score on every
+                   word and patch (needs captum, of the extra eval)
   checkpoint=FILE  weights to look at, .safetensors or .ckpt (default: those that the run ended with)
   step=N           the checkpoint of this optimiser step; 0: what joint training started from
   against=init     compare with other weights on the same tokens: init, or a file
@@ -67,6 +70,7 @@ class Request:
     checkpoint: str | None = None
     step: int | None = None
     against: str | None = None
+    attribute: bool = False
     out: str | None = None
     data: str | None = None
     rows: int = 40
@@ -74,7 +78,7 @@ class Request:
     device: str = "cpu"
 
 
-READ = {"time": number, "seed": whole, "step": whole, "rows": whole, "all": flag}
+READ = {"time": number, "seed": whole, "step": whole, "rows": whole, "all": flag, "attribute": flag}
 
 
 def check_request(request: Request) -> None:
@@ -99,7 +103,7 @@ def slug(request: Request, weights: str) -> str:
     from symbiotic.runs import digest
 
     words = re.sub(r"[^a-z0-9]+", "-", request.prompt.lower()).strip("-")[:40].strip("-")
-    asked = (request.prompt, request.image, request.time, request.seed, request.against, weights)
+    asked = (request.prompt, request.image, request.time, request.seed, request.against, request.attribute, weights)
     return "-".join(part for part in (request.task, words, digest(asked)[:6]) if part)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from symbiotic.studies.inputs import PATCH
+from symbiotic.studies.inspection_attribution import Attribution
 from symbiotic.studies.inspection_inputs import Token
 from symbiotic.studies.inspection_text import decimal
 from symbiotic.studies.inspection_trace import Inspection, KindSummary, Layer, by_kind
@@ -65,9 +66,10 @@ i { display: inline-block; min-width: 1.8em; margin-right: 1px; padding: 0 .2em;
 input + label { margin: 0 1rem 0 .2rem; }
 #v-routing:checked ~ * .s, #v-changed:checked ~ * .s, #v-share:checked ~ * .r { display: none; }
 #v-changed:checked ~ * .same span { opacity: .15; }
-:is(td, .map div):focus { outline: 2px solid var(--ink); outline-offset: -1px; }
-:is(td, .map div):focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0; z-index: 2;
-  padding: .6rem 1rem; white-space: pre-wrap; background: var(--panel); border-top: 2px solid var(--ink);
+.words { margin: .4rem 0; line-height: 1.9; }
+:is(td, .map div, .token):focus { outline: 2px solid var(--ink); outline-offset: -1px; }
+:is(td, .map div, .token):focus::after { content: attr(title); position: fixed; left: 0; right: 0; bottom: 0;
+  z-index: 2; padding: .6rem 1rem; white-space: pre-wrap; background: var(--panel); border-top: 2px solid var(--ink);
   font-size: .85rem; text-align: left; }
 """
 
@@ -77,6 +79,7 @@ def page(inspection: Inspection) -> str:
     prompt = escape(str(inspection.facts["prompt"]))
     parts = [head(inspection), *(f'<p class="note">{escape(note)}</p>' for note in inspection.notes)]
     parts += [picture(inspection)] if inspection.picture is not None else []
+    parts += [attribution_section(inspection, inspection.attribution)] if inspection.attribution is not None else []
     if inspection.layers:
         parts += [kind_section(by_kind(inspection), inspection), grid_section(inspection)]
     return (
@@ -108,9 +111,41 @@ def picture(inspection: Inspection) -> str:
     what = "The image that is read"
     if inspection.facts["task"] == "generation":
         origin = "that was given" if inspection.facts["image"] else "that the model draws"
-        what = f"The image {origin}; the forward below sees it at flow time {inspection.facts['time']:g}"
+        time = inspection.facts.get("time")
+        seen = "code by code" if time is None else f"at flow time {time:g}"
+        what = f"The image {origin}; the forward below sees it {seen}"
     source = f"data:image/png;base64,{data}"
     return f'<img class="picture" alt="{what}" src="{source}"><p class="dim">{what}.</p>'
+
+
+# --------------------------------------------------------------------------- attribution
+
+
+def attribution_section(inspection: Inspection, found: Attribution) -> str:
+    """The words in a line and the patches in their places, coloured by what each adds to the score."""
+    largest = float(found.values_N.abs().max()) or 1.0
+    chips = {token: weighed(token, float(found.values_N[token.place]), largest) for token in inspection.tokens}
+    parts = []
+    for is_image, group in itertools.groupby(inspection.tokens, lambda token: token.grid is not None):
+        tokens = list(group)
+        columns = 1 + max(token.grid[1] for token in tokens if token.grid is not None) if is_image else 0
+        kind = f'map" style="grid-template-columns: repeat({columns}, auto)' if is_image else "words"
+        parts.append(f'<div class="{kind}">{"".join(chips[token] for token in tokens)}</div>')
+    ends = f"Input {found.score:+.3g}, nothing said {found.baseline:+.3g}"
+    text = (
+        f"Of {escape(found.about)}. {ends}; the values add up to the difference but for {found.gap:+.3g}. "
+        '<i class="p0" style="--a:.5">more</i> <i class="p1" style="--a:.5">less</i>'
+    )
+    return f'<section>\n<h2>What it depends on</h2>\n<p class="dim">{text}</p>\n' + "\n".join(parts) + "\n</section>"
+
+
+def weighed(token: Token, value: float, largest: float) -> str:
+    """A token on the colour of its sign, as strong as its value."""
+    title = f'title="{escape(token.word)} ({token.kind}, place {token.place}): {value:+.4g}" tabindex="0"'
+    label = "&nbsp;" if token.grid is not None else escape(token.word)
+    return (
+        f'<i class="token {"p0" if value >= 0 else "p1"}" style="--a:{alpha(abs(value) / largest)}" {title}>{label}</i>'
+    )
 
 
 # --------------------------------------------------------------------------- by kind

@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from symbiotic.data.formats import question_parts, reading_parts
-from symbiotic.data.packing import Array, Sample, build_sample
-from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.data.packing import Array, Sample, Text, build_sample
+from symbiotic.data.tokenizer import EOS, Tokenizer
 from symbiotic.evaluation.benchmark import measuring
 from symbiotic.evaluation.captions import read_captions
 from symbiotic.evaluation.prompts import caption_samples, one_a_row, pictures
 from symbiotic.generation.images import start_noise
 from symbiotic.models.batch import VAE, VIT, Batch
 from symbiotic.models.unified import UnifiedModel
-from symbiotic.objectives.flow import noised
 from symbiotic.schema import KINDS, Config
 
 if TYPE_CHECKING:
@@ -38,17 +37,19 @@ class Token:
 # --------------------------------------------------------------------------- the sequence
 
 
-def reading_sample(prompt: str, pixels: Array | None, tokenizer: Tokenizer) -> Sample:
-    if pixels is None:
-        return build_sample("prompt", "lm", question_parts(prompt, tokenizer))
-    return build_sample("prompt", "mmu", reading_parts(pixels, prompt, tokenizer))
+def reading_sample(prompt: str, pixels: Array | None, tokenizer: Tokenizer, answer: list[int] | None = None) -> Sample:
+    """answer: ids of its words, to be put behind the prompt with `<eos>`, as targets."""
+    parts = question_parts(prompt, tokenizer) if pixels is None else reading_parts(pixels, prompt, tokenizer)
+    if answer is not None:
+        parts.append(Text([*answer, EOS], loss=True))
+    return build_sample("prompt", "lm" if pixels is None else "mmu", parts)
 
 
 def generation_batch(request: Request, pixels: Array, tokenizer: Tokenizer) -> Batch:
-    """The caption and x_t: the image `pixels` mixed with the noise of `seed`, at flow time `time`."""
+    """The caption and the image `pixels`, clean; for the flow with the noise of `seed` and the flow time `time`."""
     samples = caption_samples([request.prompt], pixels.shape[:2], tokenizer, pixels[None])
     noise = start_noise(request.seed, [0], *samples[0].latents.shape)
-    return noised(one_a_row(samples, [request.time], list(noise.numpy())))
+    return one_a_row(samples, [request.time], list(noise.numpy()))
 
 
 def drawn(model: UnifiedModel, request: Request, config: Config, corpus: Path, tokenizer: Tokenizer) -> Array:

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from symbiotic.studies.console import NONE, make_table
+from symbiotic.studies.inspection_attribution import Attribution
 from symbiotic.studies.inspection_trace import Inspection, KindSummary, Layer, by_kind, used
 
 WIDTH = 120
@@ -34,6 +35,8 @@ def report(inspection: Inspection, rows: int = 40, patches: bool = False) -> lis
     rows: tokens shown at most. patches: one row for each patch of an image, in place of one for all of them.
     """
     parts: list[RenderableType] = [Text(line) for line in header(inspection)]
+    if inspection.attribution is not None:
+        parts.append(attribution_table(inspection, inspection.attribution, rows, patches))
     if not inspection.layers:
         return parts
     listed = list(listed_rows(inspection, patches))
@@ -65,6 +68,24 @@ def listed_rows(inspection: Inspection, patches: bool) -> Iterator[Row]:
             yield Row(tuple(token.place for token in tokens), f"{len(tokens)} patches", tokens[0].kind)
         else:
             yield from (Row((token.place,), token.word, token.kind) for token in tokens)
+
+
+# --------------------------------------------------------------------------- attribution
+
+
+def attribution_table(inspection: Inspection, found: Attribution, rows: int, patches: bool) -> RenderableType:
+    """Tokens by what they add to the score, the largest first; of an image the sum of its patches."""
+    values = {row: float(found.values_N[list(row.places)].sum()) for row in listed_rows(inspection, patches)}
+    body = [[escape(row.label), row.kind, signed(values[row])] for row in sorted(values, key=lambda r: -abs(values[r]))]
+    caption = (
+        f"Of {found.about}. Input {signed(found.score)}, nothing said {signed(found.baseline)}; the values add up to "
+        f"the difference but for {signed(found.gap)}."
+    )
+    return make_table("What it depends on", ["token", "kind", "adds"], body[:rows], caption)
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3g}"
 
 
 # --------------------------------------------------------------------------- grids

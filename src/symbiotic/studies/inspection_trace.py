@@ -18,13 +18,22 @@ from symbiotic.data.packing import Array
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import measuring
 from symbiotic.evaluation.prompts import one_a_row
-from symbiotic.layout import pool_sizes
-from symbiotic.models.batch import Batch
+from symbiotic.layout import pool_sizes, router_of
+from symbiotic.models.batch import IGNORE, Batch
 from symbiotic.models.moe import LayerTrace
 from symbiotic.models.unified import UnifiedModel
+from symbiotic.objectives.total import model_input
 from symbiotic.schema import KINDS, Config, ConfigError
 from symbiotic.studies import inspection_inputs as inputs
 from symbiotic.studies.inputs import fitting, unknown_words
+from symbiotic.studies.inspection_attribution import (
+    IMAGE,
+    Attribution,
+    answer_ids,
+    answer_score,
+    attributed,
+    image_score,
+)
 from symbiotic.studies.inspection_inputs import Token
 from symbiotic.trained import load_model, open_run, weights_file
 
@@ -56,6 +65,7 @@ class Inspection:
     layers: list[Layer]
     dense: list[int]  # blocks without routed experts: the shared share is 1
     picture: Array | None = None  # uint8 [H, W, 3]: what is read, or the clean end of what is generated
+    attribution: Attribution | None = None  # where it was asked for
     notes: list[str] = field(default_factory=list)
 
 
@@ -86,18 +96,35 @@ def trace(request: Request) -> Inspection:
         request.run, checkpoint=request.checkpoint, step=request.step, data=request.data, device=request.device
     )
     config, model, tokenizer = opened.config, opened.model, opened.tokenizer
-    batch, picture = sequence(request, config, model, opened.corpus, tokenizer)
-    layers, dense = traced(model, batch.to(request.device))
+    clean, picture = sequence(request, config, model, opened.corpus, tokenizer)
+    clean = clean.to(request.device)
+    batch = model_input(clean)
+    layers, dense = traced(model, batch)
     if request.against is not None:
         path, step = (None, 0) if request.against == "init" else (request.against, None)
         other = weights_file(opened.folder, path, step)
-        layers = compared(layers, traced(load_model(config, other, request.device), batch.to(request.device))[0])
+        layers = compared(layers, traced(load_model(config, other, request.device), batch)[0])
     sizes = pool_sizes(config.model, config.system)
     names = [f"{pool}{i}" for pool, size in sizes.items() for i in range(size)]
     tokens = inputs.tokens_of(batch, tokenizer)
     inspection = Inspection(facts(request, config, opened.weights), tokens, names, sizes, layers, dense, picture)
     inspection.notes = notes(inspection, unknown_words(request.prompt, tokenizer))
+    if request.attribute:
+        inspection.attribution = attribution_of(request, config, model, clean, tokenizer)
     return inspection
+
+
+def attribution_of(
+    request: Request, config: Config, model: UnifiedModel, clean: Batch, tokenizer: Tokenizer
+) -> Attribution:
+    """What each token of the sequence adds to the answer, or to the image, that stands in it."""
+    batch = model_input(clean)
+    if request.task == "generation":
+        score, about = image_score(model, clean, config.objective), IMAGE[config.objective.name]
+    else:
+        answer = tokenizer.decode(clean.target[clean.target != IGNORE].tolist())
+        score, about = answer_score(model, batch), f"the model's answer {answer!r}: its log-probability, in nats"
+    return attributed(model, batch, score, about)
 
 
 def sequence(
@@ -106,7 +133,11 @@ def sequence(
     """The batch of one sample, and its image if it has one."""
     pixels = None if request.image is None else fitting(request.image, config.model.max_grid)
     if request.task == "understanding":
-        return one_a_row([inputs.reading_sample(request.prompt, pixels, tokenizer)]), pixels
+        prompt = one_a_row([inputs.reading_sample(request.prompt, pixels, tokenizer)])
+        if not request.attribute:
+            return prompt, pixels
+        answer = answer_ids(model, prompt.to(request.device))
+        return one_a_row([inputs.reading_sample(request.prompt, pixels, tokenizer, answer)]), pixels
     if not model.latents:
         raise ConfigError("task=generation: these weights are an understanding-only parent, which draws nothing")
     if pixels is None:
@@ -119,8 +150,9 @@ def facts(request: Request, config: Config, weights: Path) -> dict[str, Any]:
     asked: dict[str, Any] = {"run": str(request.run), "weights": str(weights), "system": config.system.name}
     asked |= {"task": request.task, "prompt": request.prompt, "image": request.image, "against": request.against}
     if request.task == "generation":
-        asked |= {"time": request.time, "seed": request.seed}
-    router = config.model.router
+        asked |= {"time": request.time} if config.objective.name == "flow" else {}
+        asked["seed"] = request.seed
+    router = router_of(config.model, config.system)
     return asked | {"top_k": router.top_k, "normalize": router.normalize, "scale": router.scale}
 
 
@@ -145,15 +177,13 @@ def traced(model: UnifiedModel, batch: Batch) -> tuple[list[Layer], list[int]]:
     blocks = [number for number, has in enumerate(routed) if has]
     with measuring(model):
         out = model(batch, trace=True)
-        visible_N = model.visible_experts.sum(1)[batch.kind.reshape(-1)]
-    layers = [layer_of(number, layer, visible_N) for number, layer in zip(blocks, out.trace, strict=True)]
+    layers = [layer_of(number, layer) for number, layer in zip(blocks, out.trace, strict=True)]
     return layers, [number for number, has in enumerate(routed) if not has]
 
 
-def layer_of(block: int, layer: LayerTrace, visible_N: Tensor) -> Layer:
-    """visible_N: number of experts that each token may choose among."""
+def layer_of(block: int, layer: LayerTrace) -> Layer:
     probs_NE = layer.probs_NE.float()
-    entropy_N = torch.special.entr(probs_NE).sum(-1) / visible_N.float().log().clamp(min=1e-9)
+    entropy_N = torch.special.entr(probs_NE).sum(-1) / layer.visible_NE.sum(-1).float().log().clamp(min=1e-9)
     routed_N, shared_N = layer.routed_ND.float().norm(dim=-1), layer.shared_ND.float().norm(dim=-1)
     total_N = routed_N + shared_N
     share_N = torch.where(total_N > 0, shared_N / total_N.clamp(min=1e-30), 0.0)
@@ -207,7 +237,15 @@ def numbers(inspection: Inspection) -> dict[str, Any]:
         "layers": [layer_numbers(layer) for layer in inspection.layers],
         "blocks_without_routed_experts": [{"block": block, "share": 1.0} for block in inspection.dense],
         "kinds": [vars(summary) for summary in by_kind(inspection)],
+        "attribution": attribution_numbers(inspection.attribution),
     }
+
+
+def attribution_numbers(found: Attribution | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    ends = {"score": found.score, "baseline": found.baseline, "gap": found.gap}
+    return {"about": found.about, "values": rounded(found.values_N), **ends}
 
 
 def layer_numbers(layer: Layer) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from symbiotic.layout import experts_seen, kinds_of
+from symbiotic.layout import experts_seen, kinds_of, router_of
 from symbiotic.schema import KINDS, Model, System
 
 SHOWN_KINDS = {"text": "a word", "vit": "a read patch", "vae": "a latent"}
@@ -13,6 +13,18 @@ SHOWN_KINDS = {"text": "a word", "vit": "a read patch", "vae": "a latent"}
 
 LOOKUPS = ("embed.weight", "vit_grid.", "latent_grid.")  # tables of which a token takes one row
 INPUTS = {"embed": ("text", "prompt"), "vit_in": ("vit",), "vit_grid": ("vit",)}
+ORDER = (
+    "embeddings",
+    "latents in",
+    "attention",
+    "routers",
+    "task routers",
+    "routed",
+    "shared",
+    "dense",
+    "low-rank",
+    "heads",
+)
 LATENTS = ("latent_in", "latent_grid", "time_in", "latent_head")
 
 
@@ -41,13 +53,15 @@ def inventory(shapes: Mapping[str, tuple[int, ...]], model: Model, system: Syste
         component.total += count(shape)
         for kind, used in active.items():
             component.active[kind] += used
-    order = ["embeddings", "latents in", "attention", "norms", "routers", "routed", "shared", "dense", "heads"]
-    return sorted(found.values(), key=lambda c: next(i for i, word in enumerate(order) if c.name.startswith(word)))
+    return sorted(found.values(), key=lambda c: next(i for i, word in enumerate(ORDER) if c.name.startswith(word)))
 
 
 def classify(name: str, shape: tuple[int, ...], model: Model, system: System) -> tuple[str, dict[str, float]]:
     """Component of a parameter, and per kind how many of its numbers one token uses."""
     parts = name.split(".")
+    if "lora" in parts:
+        used = classify(name.replace(".lora.", ".").rpartition(".")[0], shape, model, system)[1]
+        return "low-rank updates", used
     if parts[0] in INPUTS:
         head = model.tied_head and parts[0] == "embed"
         return "embeddings", dict.fromkeys(INPUTS[parts[0]], count(shape) if head else used_by_token(name, shape))
@@ -64,18 +78,20 @@ def classify(name: str, shape: tuple[int, ...], model: Model, system: System) ->
         return "attention and norms" + _of(parts[3], system.streams), _all(
             shape, kinds_of(system, f"streams.{parts[3]}")
         )
-    return _in_moe(parts[3], parts[4], shape, model, system)
+    return _in_moe(parts[3], parts[-1] if len(parts) < 5 else parts[4], shape, model, system)
 
 
 def _in_moe(
     group: str, name: str, shape: tuple[int, ...], model: Model, system: System
 ) -> tuple[str, dict[str, float]]:
+    if group in ("task_router", "mix"):
+        return "task routers and mixes", _all(shape, KINDS)
     if group == "shared" and (name == "dense" or not system.pools):
         return "dense FFN", _all(shape, KINDS if name == "dense" else kinds_of(system, f"shared.{name}"))
     kinds = kinds_of(system, f"{group}.{name}")
     if group == "pools":
         seen = experts_seen(model, system)
-        share = {kind: model.router.top_k / seen[kind] for kind in kinds}
+        share = {kind: router_of(model, system).top_k / seen[kind] for kind in kinds}
         return f"routed experts {name} ({shape[0]} a layer)", {k: count(shape) * share[k] for k in kinds}
     return ("routers" if group == "routers" else f"shared expert {name}"), _all(shape, kinds)
 

@@ -16,7 +16,10 @@ from symbiotic.studies.report_figures import SIZE, arrow, panel
 from symbiotic.studies.report_style import Picture, Theme
 from symbiotic.studies.verdicts import small
 
-SCORES = ("knowledge_unreplayed", "reading", "embedded_acc", "flow_error", "routing/capacity@1.25/vae")
+SCORES = (
+    *("knowledge_unreplayed", "reading", "embedded_acc", "flow_error", "image_ce"),
+    "routing/capacity@1.25/vae",
+)
 """Whose effects are shown, behind the official ones; and steps to the study's targets."""
 
 KEPT = ("mmlu", "knowledge_unreplayed", "reading")

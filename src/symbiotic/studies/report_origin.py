@@ -26,6 +26,7 @@ MEANINGS = {
     "embedded_clip": "mean cosine of image and caption in a small open_clip model trained on the embedded corpus",
     "embedded_fd": "Frechet distance between features of generated and reference images in the embedded classifier",
     "flow_error": "mean squared error of the clean latents that the model predicts from noisy ones",
+    "image_ce": "cross-entropy of the codes of reference images, each given those before it, in nats a code",
     "fid": "Frechet Inception distance, by torch-fidelity",
     "kid": "kernel Inception distance, by torch-fidelity",
     "inception_score": "inception score, by torch-fidelity",

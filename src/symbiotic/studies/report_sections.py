@@ -190,7 +190,9 @@ def forgetting(study: StudyData, drawn: Sequence[figures.Drawn], pictures: Mappi
     blocks += [table for table in (losses, costs) if table]
     if costs is None:
         blocks.append(Text(["No arm has an understanding-only control here, so interference cannot be told."]))
-    errors = [name for name in ("flow_error", "embedded_fd", "fid") if any(arm.scores.get(name) for arm in drawn)]
+    errors = [
+        name for name in ("flow_error", "image_ce", "embedded_fd", "fid") if any(arm.scores.get(name) for arm in drawn)
+    ]
     kept = [name for name in ("mmlu", "knowledge_unreplayed", "reading") if any(arm.scores.get(name) for arm in drawn)]
     made = [p for error in errors[-2:] for score in kept[:1] if (p := figures.frontier_panel(drawn, score, error))]
     if made:

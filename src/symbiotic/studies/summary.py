@@ -80,8 +80,8 @@ def routing_table(logged: Mapping[str, float]) -> Any:
 
 
 def routing_of(logged: Mapping[str, float]) -> dict[str, float]:
-    """The pooled-over-layers routing metrics of the last log."""
-    return {name: value for name, value in logged.items() if name.startswith("routing/") and "/layer" not in name}
+    """The pooled-over-layers routing metrics of the last log, those of task routers among them."""
+    return {n: value for n, value in logged.items() if n.startswith(("routing/", "task/")) and "/layer" not in n}
 
 
 def ema_table(scores: Scores, averaged: Scores | None, steps: int) -> Any:

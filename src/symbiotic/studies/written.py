@@ -19,7 +19,7 @@ Config = Mapping[str, Any]
 def phase_list(config: Config) -> list[Any]:
     """With the references that its values allow."""
     phases = config["phases"]
-    ends = {phases[dial]: f"${{phases.{dial}}}" for dial in ("steps", "shield_steps")}
+    ends = {phases[dial]: f"${{phases.{dial}}}" for dial in ("stage1_steps", "steps", "shield_steps") if dial in phases}
     shields = {round(1.0 - phases["release_scale"], 12): "${complement:${phases.release_scale}}"}
     dials = {"until": ends, "shield": shields}
     return [{key: dials[key].get(v, v) if key in dials else v for key, v in p.items()} for p in phases["list"]]

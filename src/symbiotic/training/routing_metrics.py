@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from scipy.special import bdtrc  # (c, n, p) -> P(Binomial(n, p) > c)
@@ -24,6 +24,8 @@ GROUPS: dict[str, tuple[int, ...]] = {
 }
 """Name in a metric -> kinds whose tokens are taken together: each kind, what understanding reads (everything but
 latents), and everything. Pooled numbers hide a collapse that each kind shows: read the kinds first."""
+
+Metric = Callable[[Tensor, Tensor], Tensor]  # counts [..., E], visible [..., E] -> [...]
 
 ACTIVE_LOAD = 0.1  # an expert is active when its load is above this share of the mean load
 
@@ -127,6 +129,19 @@ def miscount(counts: Tensor, tokens: Tensor, top_k: int) -> str | None:
     )
 
 
+def over_routers(metric: Metric, counts: Tensor, visible: Tensor, sees_RE: Tensor | None) -> Tensor:
+    """[...]: a metric of tokens that a task router sent to several groups of experts (ours).
+
+    The mean of what it is in each group, weighted by the assignments there: where every token is sent by its kind it is
+    the metric of that kind's router. sees_RE: the experts of each group; None: one router a kind, the metric itself.
+    """
+    if sees_RE is None:
+        return metric(counts, visible)
+    counts_RE, visible_RE = counts.double()[..., None, :] * sees_RE, visible[..., None, :] & sees_RE
+    share = counts_RE.sum(-1) / counts.double().sum(-1, keepdim=True)
+    return (share * metric(counts_RE, visible_RE).where(counts_RE.sum(-1) > 0, 0.0)).sum(-1)
+
+
 # --------------------------------------------------------------------------- sums over micro-batches
 
 
@@ -146,15 +161,18 @@ def by_group(counts: Tensor, tokens: Tensor, visible: Tensor) -> tuple[Tensor, T
     return member @ counts.double(), (member * (tokens > 0)) @ visible.double() > 0
 
 
-def capacity_sums(counts: Tensor, tokens: Tensor, visible: Tensor, factors: Sequence[float]) -> dict[str, Tensor]:
+def capacity_sums(
+    counts: Tensor, tokens: Tensor, visible: Tensor, factors: Sequence[float], sees_RE: Tensor | None = None
+) -> dict[str, Tensor]:
     """What one micro-batch adds to a window's sums; on the device of its counts, without a transfer to the host.
 
-    counts [L, M, E], tokens [M], visible [M, E]. Returns counts, tokens, the rates `capacity` [F, L, G] (0 for a group
-    without tokens), and `micro_batches` [G], 1.0 for a group with tokens.
+    counts [L, M, E], tokens [M], visible [M, E], sees_RE as in `over_routers`. Returns counts, tokens, the rates
+    `capacity` [F, L, G] (0 for a group without tokens), and `micro_batches` [G], 1.0 for a group with tokens.
     """
     counts_LGE, visible_GE = by_group(counts, tokens, visible)
     present_G = _member(counts.device) @ tokens.double() > 0
-    rates_FLG = torch.stack([capacity_rate(counts_LGE, visible_GE, factor) for factor in factors])
+    rates = (functools.partial(capacity_rate, factor=factor) for factor in factors)
+    rates_FLG = torch.stack([over_routers(rate, counts_LGE, visible_GE, sees_RE) for rate in rates])
     rates_FLG = rates_FLG.where(present_G, 0.0)
     return {"counts": counts, "tokens": tokens, "capacity": rates_FLG, "micro_batches": present_G.double()}
 
@@ -177,12 +195,17 @@ def random_rates(tokens: Sequence[float], visible: Tensor, top_k: int, factors: 
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def summarise(sums: Mapping[str, Tensor], visible: Tensor, factors: Sequence[float] = (1.0, 1.25)) -> dict[str, float]:
+def summarise(
+    sums: Mapping[str, Tensor],
+    visible: Tensor,
+    factors: Sequence[float] = (1.0, 1.25),
+    sees_RE: Tensor | None = None,
+) -> dict[str, float]:
     """All routing metrics of a window of training under stable names; every system logs the same ones.
 
     sums: over the micro-batches of the window, of `capacity_sums`, and `random` [F, G] of `random_rates`, best on the
-    CPU; visible [M, E] as in `UnifiedModel.visible_experts`. For every group g of `GROUPS` that has tokens, as the mean
-    over layers and per layer i:
+    CPU; visible [M, E] as in `UnifiedModel.visible_experts`; sees_RE as in `over_routers`. For every group g of
+    `GROUPS` that has tokens, as the mean over layers and per layer i:
 
         routing/capacity@1/g  routing/capacity@1.25/g  routing/utilisation/g  routing/active/g  routing/dead/g
         routing/maxvio/g      routing/overlap/text-vae and the same under routing/layer{i}/...
@@ -199,7 +222,7 @@ def summarise(sums: Mapping[str, Tensor], visible: Tensor, factors: Sequence[flo
     names = {"utilisation": utilisation, "active": active, "dead": dead, "maxvio": max_vio}
     mean_FLG = sums["capacity"] / sums["micro_batches"]
     table = {f"capacity@{factor:g}": rate_LG for factor, rate_LG in zip(factors, mean_FLG, strict=True)}
-    table |= {name: function(counts_LGE, visible_GE) for name, function in names.items()}
+    table |= {name: over_routers(metric, counts_LGE, visible_GE, sees_RE) for name, metric in names.items()}
     out = _named(
         table, [g for g, number in enumerate((_member(counts.device) @ tokens.double()).tolist()) if number > 0]
     )
@@ -213,10 +236,10 @@ def summarise(sums: Mapping[str, Tensor], visible: Tensor, factors: Sequence[flo
     return out
 
 
-def by_layer(metric: str, values_L: Tensor) -> dict[str, float]:
+def by_layer(metric: str, values_L: Tensor, family: str = "routing") -> dict[str, float]:
     """One metric's values per layer, and their mean, under its names."""
-    rows = {f"routing/layer{i}/{metric}": value for i, value in enumerate(values_L.tolist())}
-    return {f"routing/{metric}": float(values_L.mean()), **rows}
+    rows = {f"{family}/layer{i}/{metric}": value for i, value in enumerate(values_L.tolist())}
+    return {f"{family}/{metric}": float(values_L.mean()), **rows}
 
 
 def _named(table: Mapping[str, Tensor], shown: Sequence[int]) -> dict[str, float]:

@@ -1,0 +1,1 @@
+"""Image tokenizers: pictures as codes of a vector-quantised codebook."""

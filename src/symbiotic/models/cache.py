@@ -1,0 +1,43 @@
+"""Keys and values of the tokens that a decoder has seen, so that each step computes its own tokens only.
+
+Suffixes: B rows, S places seen so far, T places of this step, G key/value heads, h head dimension.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from symbiotic.models.batch import Batch
+
+
+class KVCache:
+    """One sample a row: the prompt in the first forward, padded on the right, then any number of tokens a forward.
+
+    Padding stays in it, masked. Every step copies what there is (`cat`); it is made for sequences of hundreds.
+    """
+
+    def __init__(self) -> None:
+        self.seen_BS: Tensor | None = None
+        self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def mask(self, own_B1TT: Tensor) -> Tensor:
+        """[B, 1, T, S + T]: the mask of these tokens among themselves, behind what each row has seen."""
+        if self.seen_BS is None:
+            return own_B1TT
+        before = self.seen_BS[:, None, None, :].expand(-1, 1, own_B1TT.shape[2], -1)
+        return torch.cat([before, own_B1TT], dim=-1)
+
+    def extended(self, layer: nn.Module, k_BGTh: Tensor, v_BGTh: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a layer with those of this step behind them, [B, G, S + T, h]."""
+        if layer in self._kept:
+            k_BGTh, v_BGTh = (
+                torch.cat([old, new], dim=2) for old, new in zip(self._kept[layer], (k_BGTh, v_BGTh), strict=True)
+            )
+        self._kept[layer] = (k_BGTh, v_BGTh)
+        return k_BGTh, v_BGTh
+
+    def keep(self, batch: Batch) -> None:
+        """Called by the model at the end of a forward: the tokens of `batch` are seen from now on."""
+        valid_BT = batch.segment >= 0
+        self.seen_BS = valid_BT if self.seen_BS is None else torch.cat([self.seen_BS, valid_BT], dim=1)
