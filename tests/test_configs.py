@@ -44,6 +44,7 @@ NEEDS = {  # options that mean nothing alone
     "rates=roles": None,  # what the other rates are built on
     "init=checkpoint": ["init.checkpoint={file}"],
     "trainer=ddp": ["data.micro_batches=2"],
+    "ablation=two_experts": ["model.num_experts=16"],  # too few of the smoke model's
 }
 SHIELD = ("no_shielding", "release_0", "release_1", "shield_strict", "shield_vae_vit", "shield_weights")
 UNFIT = {f"ablation={name}": "shield" for name in SHIELD}  # for utamoe, which has no shield,
