@@ -6,11 +6,11 @@ and launches; its search for near misses, its tracebacks and its time-stamped fo
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
 import os
-import pickle
 import tempfile
 import types
 import typing
@@ -209,9 +209,9 @@ def _compose(config_name: str, overrides: list[str], multirun: bool) -> DictConf
 
 
 @functools.lru_cache(maxsize=256)
-def _options(config_name: str, overrides: tuple[str, ...], multirun: bool, state: Any) -> bytes:
-    """The config of chosen options, pickled. state: of the files that it is read from."""
-    return pickle.dumps(_compose(config_name, list(overrides), multirun))
+def _options(config_name: str, overrides: tuple[str, ...], multirun: bool, state: Any) -> DictConfig:
+    """The config of chosen options; to be copied, not changed. state: of the files that it is read from."""
+    return _compose(config_name, list(overrides), multirun)
 
 
 def _state(folder: str | Path) -> tuple[Any, ...]:
@@ -252,7 +252,7 @@ class Composer:
         plain = [o for o in parsed if not o.is_sweep_override()]
         values = [o for o in plain if not (CONF / o.key_or_group).is_dir() or isinstance(o.value(), dict)]
         options = tuple(str(o.input_line) for o in plain if o not in values)
-        cfg: DictConfig = pickle.loads(_options(self.config_name, options, multirun, _state(CONF)))
+        cfg = copy.deepcopy(_options(self.config_name, options, multirun, _state(CONF)))
         ConfigLoaderImpl._apply_overrides_to_config(values, cfg)
         names = cfg.hydra.job.config.override_dirname
         folder = get_overrides_dirname(parsed, names.exclude_keys, names.item_sep, names.kv_sep)

@@ -29,11 +29,11 @@ def runs(shared_tmp: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_runs_that_differ_in_the_seed_are_one_arm(runs: Path) -> None:
     found = {arm.name: arm for arm in arms(read_runs(runs))}
     assert {name: len(arm.runs) for name, arm in found.items()} == {
-        "lr 0.0003, gen 0.003 latent 0.003": 2,
+        "lr 0.0003, gen 0.003 task 0.003 lora 0.003 latent 0.003": 2,
         "lr 0.0007": 1,
-        "lr 0.0003, gen 0.003 latent 0.003, without t2i+t2i_long": 1,
+        "lr 0.0003, gen 0.003 task 0.003 lora 0.003 latent 0.003, without t2i+t2i_long": 1,
     }
-    two = found["lr 0.0003, gen 0.003 latent 0.003"]
+    two = found["lr 0.0003, gen 0.003 task 0.003 lora 0.003 latent 0.003"]
     assert [run.config["seed"] for run in two.runs] == [0, 1]
     own = [read_json(run.folder / "summary.json")["scores"]["flow_error"] for run in two.runs]
     assert two.values(2, "flow_error") == own
