@@ -153,13 +153,11 @@ class Arc:
         write_text(self.folder / TOKENIZER, words)  # a run answers and draws without its corpus
         evaluation = self.config.evaluation
         more = make_benchmarks(evaluation)
-        self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)
         self.prepare_codes()
-        self.tokenizer = Tokenizer.load(self.data / TOKENIZER)
-        self.tokenizer.images = self.images
         self.evaluation = EmbeddedEvaluation(
             self.data, evaluation, self.config.objective, evaluation.scorers, list(more.values()), self.images
         )
+        self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)  # last: nothing fails beside it
 
     def prepare_codes(self) -> None:
         """The image tokenizer, and the codes of the corpus's generated images, where the objective wants codes."""
@@ -343,7 +341,9 @@ class Arc:
         captions, pixels = read_captions(self.data / "benchmarks" / "generation", count, [])
         texts, size = [caption.caption for caption in captions], pixels.shape[1:3]
         with measuring(model):
-            images = pictures(model, texts, self.tokenizer, self.config.objective, size=size, seed=self.config.seed)
+            images = pictures(
+                model, texts, self.evaluation.tokenizer, self.config.objective, size=size, seed=self.config.seed
+            )
         return images.numpy(), texts
 
     def record(self, model: nn.Module, step: int, prefix: str = "") -> Scores:

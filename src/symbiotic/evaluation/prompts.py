@@ -120,39 +120,29 @@ def pictures(
     images = torch.zeros(len(captions), *size, 3, dtype=torch.uint8)
     for places in by_length([len(sample) for sample in samples], batch_size, 1 + guided):
         rows = [samples[i] for i in places] + free * (len(places) if guided else 0)
-        draw = from_codes if objective.name == "autoregressive" else from_flow
-        images[places] = draw(model, rows, [numbers[i] for i in places], seed, tokenizer, objective, size)
+        chances = [numbers[i] for i in places]
+        images[places] = drawn(model, rows, chances, tokenizer, objective, size=size, seed=seed)
     return images
 
 
-def from_flow(
+def drawn(
     model: nn.Module,
     rows: Sequence[Sample],
     numbers: Sequence[int],
-    seed: int,
     tokenizer: Tokenizer,
     objective: Objective,
+    *,
     size: tuple[int, int],
-) -> Tensor:
-    """uint8 [n, H, W, 3]: one batch of `pictures`, its latents flowing from noise. rows: captions, then those without,
-    as far as guidance needs them."""
-    noise = start_noise(seed, numbers, *rows[0].latents.shape)
-    batch = one_a_row(rows).to(device_of(model))
-    return to_pixels(sample_latents(model, batch, noise, objective.sampler, objective.prediction), *size)
-
-
-def from_codes(
-    model: nn.Module,
-    rows: Sequence[Sample],
-    numbers: Sequence[int],
     seed: int,
-    tokenizer: Tokenizer,
-    objective: Objective,
-    size: tuple[int, int],
 ) -> Tensor:
-    """The same by codes, one after the other, which the image tokenizer decodes."""
+    """uint8 [n, H, W, 3]: one batch of `pictures`. rows: the captions, then those without as far as guidance needs."""
+    device, latents = device_of(model), rows[0].latents.shape
+    if objective.name == "flow":
+        noise, batch = start_noise(seed, numbers, *latents), one_a_row(rows)
+        made = sample_latents(model, batch.to(device), noise, objective.sampler, objective.prediction)
+        return to_pixels(made, *size)
     assert tokenizer.images is not None
-    grid, batch = torch.from_numpy(rows[0].latent_grid), one_a_row([before_image(row) for row in rows])
-    draws = start_draws(seed, numbers, len(grid))
-    codes = sample_codes(model, batch.to(device_of(model)), grid, draws, objective.sampler)
+    draws, batch = start_draws(seed, numbers, latents[0]), one_a_row([before_image(row) for row in rows])
+    grid = torch.from_numpy(rows[0].latent_grid)
+    codes = sample_codes(model, batch.to(device), grid, draws, objective.sampler)
     return tokenizer.images.decode(codes, *size).cpu()
