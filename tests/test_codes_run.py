@@ -12,11 +12,12 @@ import torch
 
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import read_rows
-from symbiotic.config import compose
+from symbiotic.config import compose, compose_evaluation
 from symbiotic.evaluation.benchmark import measuring
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.runs import load_state
 from symbiotic.schema import Config, ConfigError
+from symbiotic.studies.benchmarks import make_suite
 from symbiotic.studies.generate import Request, generate
 from symbiotic.trained import open_run
 
@@ -81,9 +82,19 @@ def test_the_generate_command_takes_the_keys_of_codes_and_no_others(run: Config,
         generate(Request(**asked, steps=4))
 
 
+def test_an_evaluation_takes_the_keys_of_codes_and_no_others(run: Config) -> None:
+    opened = open_run(run.run_dir)
+    asked = compose_evaluation([f"run={run.run_dir}", "evaluation=smoke", "sampler.top_k=3"])
+    assert make_suite(asked, opened).objective.sampler.top_k == 3
+    asked = compose_evaluation([f"run={run.run_dir}", "evaluation=smoke", "sampler.steps=3"])
+    with pytest.raises(ConfigError, match=r"^sampler.steps=3: has no effect: the run's objective is autoregressive$"):
+        make_suite(asked, opened)
+
+
 @pytest.mark.parametrize(
     ("given", "line"),
     [
+        ("objective.image_tokenizer._target_=os.system", r"objective.image_tokenizer._target_=os.system: not allowed"),
         ("objective.codebook_size=1", r"objective.codebook_size=1: must be at least 2, the codes of objective.image_t"),
         (
             "objective.image_tokenizer=null",

@@ -266,6 +266,10 @@ class Sampler:
     top_p: float = 1.0
 
 
+SAMPLING = {"flow": ("steps", "time_shift"), "autoregressive": ("temperature", "top_k", "top_p")}
+"""Objective -> the keys of `Sampler` that only its images are drawn by."""
+
+
 @dataclass(frozen=True)
 class Balance:
     """How the use of the experts is balanced.

@@ -6,7 +6,7 @@ What looks at finished runs (inspector, evaluation, generation, questions) start
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from symbiotic.images.store import load_image_tokenizer
 from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.runs import load_state, read_json
-from symbiotic.schema import Config, ConfigError, RunError, parse
+from symbiotic.schema import SAMPLING, Config, ConfigError, Objective, RunError, parse
 from symbiotic.studies.request import run_folder
 
 AGAIN = "the run's own command writes it again"
@@ -78,6 +78,21 @@ def open_run(
         tokenizer.images = load_image_tokenizer(folder / IMAGE_TOKENIZER)
     model = load_model(config, weights, device)
     return Trained(folder, config, weights, step_of_weights(weights, config), corpus, tokenizer, model)
+
+
+def resampled(objective: Objective, asked: Mapping[str, Any], prefix: str = "") -> Objective:
+    """The objective with other keys of its sampler; null: as they are. prefix: of the keys, in messages.
+
+    Raises:
+        ConfigError: a key that this objective does not sample by.
+    """
+    changed = {name: value for name, value in asked.items() if value is not None}
+    for name, keys in SAMPLING.items():
+        vain = next((key for key in keys if key in changed and name != objective.name), None)
+        if vain:
+            what = f"{prefix}{vain}={changed[vain]:g}: has no effect"
+            raise ConfigError(f"{what}: the run's objective is {objective.name}")
+    return replace(objective, sampler=replace(objective.sampler, **changed))
 
 
 def read_config(run: Path) -> Config:

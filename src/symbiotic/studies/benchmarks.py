@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,14 +16,16 @@ from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.embedded import EmbeddedEvaluation
 from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation
-from symbiotic.trained import TOKENIZER, Trained
+from symbiotic.trained import TOKENIZER, Trained, resampled
 
 
 def make_suite(config: EvalConfig, trained: Trained) -> Suite:
-    """The embedded benchmarks, and the configured ones behind them; with the run's objective and words."""
-    changed = {name: value for name, value in asdict(config.sampler).items() if value is not None}
-    sampler = dataclasses.replace(trained.config.objective.sampler, **changed)
-    objective = dataclasses.replace(trained.config.objective, sampler=sampler)
+    """The embedded benchmarks, and the configured ones behind them; with the run's objective and words.
+
+    Raises:
+        ConfigError: a key of the sampler that the run's objective does not have.
+    """
+    objective = resampled(trained.config.objective, asdict(config.sampler), "sampler.")
     evaluation, more = config.evaluation, list(make_benchmarks(config.evaluation).values())
     if (trained.corpus / TOKENIZER).is_file():
         images = trained.tokenizer.images

@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.evaluation.benchmark import batches, measuring, write_jsonl
@@ -25,11 +24,11 @@ from symbiotic.evaluation.grid import draw_grid, save_png
 from symbiotic.evaluation.images import image_facts, load_image, save_image
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.runs import digest, locked, source_hash, state_hash
-from symbiotic.schema import ConfigError
+from symbiotic.schema import SAMPLING, ConfigError
 from symbiotic.studies.evaluate import CODE, weights_name
-from symbiotic.studies.generate import OF_OBJECTIVE, Job, Request, pixels
+from symbiotic.studies.generate import Job, Request, pixels
 from symbiotic.studies.inputs import size_fault, unknown_line
-from symbiotic.trained import Trained, open_run
+from symbiotic.trained import Trained, open_run, resampled
 
 GRID = 64
 
@@ -76,17 +75,8 @@ def sampling(request: Request, trained: Trained) -> Context:
     fault = size_fault(*size, trained.config.model.max_grid)
     if fault:
         raise ConfigError(f"size={size[0]}x{size[1]}: {fault}")
-    changed: dict[str, Any] = {
-        name: getattr(request, name)
-        for name in ("guidance", *(key for keys in OF_OBJECTIVE.values() for key in keys))
-        if getattr(request, name) is not None
-    }
-    own = trained.config.objective.name
-    for name in changed:
-        if name != "guidance" and name not in OF_OBJECTIVE[own]:
-            raise ConfigError(f"{name}={changed[name]:g}: has no effect: the run's objective is {own}")
-    sampler = dataclasses.replace(trained.config.objective.sampler, **changed)
-    objective = dataclasses.replace(trained.config.objective, sampler=sampler)
+    keys = ("guidance", *(key for keys in SAMPLING.values() for key in keys))
+    objective = resampled(trained.config.objective, {key: getattr(request, key) for key in keys})
     return Context(trained.tokenizer, objective, size, batch_size=request.batch_size)
 
 

@@ -102,9 +102,6 @@ MOST = 100_000
 READ = dict.fromkeys(("n", "seed", "steps", "step", "top_k", "batch_size"), whole)
 READ |= dict.fromkeys(("guidance", "time_shift", "temperature", "top_p"), number) | {"ema": flag}
 
-OF_OBJECTIVE = {"flow": ("steps", "time_shift"), "autoregressive": ("temperature", "top_k", "top_p")}
-"""Objective -> the keys of sampling that only its runs have."""
-
 
 def check_request(request: Request) -> None:
     """Raises ConfigError where values are out of range, exclude each other, or name what is not there."""
