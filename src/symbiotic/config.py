@@ -136,12 +136,14 @@ def load(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence
     tree = OmegaConf.create({**raw, "run_dir": ""})  # made once: that takes longer than all the rest
     parse(Config, resolved(tree) | extra)  # first without the folder, whose name is made of the rest
     tree["run_dir"] = raw.get("run_dir", "???")
-    tree["run_dir"] = tree["run_dir"]
+    tree["run_dir"] = tree["run_dir"]  # now the text that it resolves to
     plain = resolved(tree) | extra
     config = parse(Config, plain)
     built = {f"{group}.{name}": node for group in ("callbacks", "logger") for name, node in plain[group].items()}
     built |= {f"evaluation.benchmarks.{name}": node for name, node in config.evaluation.benchmarks.items()}
-    for key, node in {**built, "data.source": config.data.source, "rates.optimizer": config.rates.optimizer}.items():
+    built |= {"data.source": config.data.source, "rates.optimizer": config.rates.optimizer}
+    built |= {"objective.image_tokenizer": config.objective.image_tokenizer}
+    for key, node in built.items():
         if node is not None:
             check_targets(node, key)
     check(config)
