@@ -11,12 +11,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 BROWSER := $(VENV)/.browser
 NOTEBOOKS := $(VENV)/.notebooks
+PEER := $(VENV)/.peer
+BENCH := $(VENV)/.bench
+BENCHMARKS := moe_layer attention training_step scaling startup sampling loader overhead
 
 # One thread a process: the models are small, and processes side by side use the cores better.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train eval study test test-slow test-browser notebooks bench golden check format clean
+.PHONY: help setup train eval study test test-slow test-peer torture test-slurm test-browser notebooks bench bench-more golden check format clean
 
 help: ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +48,19 @@ test: $(STAMP) ## set up, then run the default tests in 2 processes; more in ARG
 test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow -n $(PROCESSES) $(ARGS)
 
+test-peer: $(PEER) ## hold the pretrained families against transformers: logits, files, generation
+	$(BIN)/python -m pytest -m peer tests/peer $(ARGS)
+
+$(PEER): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[hf]'
+	@touch $@
+
+torture: $(STAMP) ## hundreds of kills, signals, damaged files and lost ranks; nothing may be lost (hours; fewer: ARGS="kills=40 only=R1,R9")
+	$(BIN)/python tests/torture.py $(ARGS)
+
+test-slurm: $(STAMP) ## submit jobs to a SLURM of one node on loopback, from Debian's packages; as root
+	$(BIN)/python -m pytest -m slurm tests/slurm $(ARGS)
+
 test-browser: $(BROWSER) ## open the HTML reports in a headless Chromium from Debian's packages; REPORT=FILE for a given one too
 	CHROMIUM=$${CHROMIUM:-$$(tests/browser/chromium.sh $(VENV)/chromium)} && export CHROMIUM && \
 	$(BIN)/python -m pytest -m browser tests/browser $(ARGS)
@@ -60,8 +76,17 @@ $(NOTEBOOKS): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[notebooks]'
 	@touch $@
 
-bench: $(STAMP) ## what the monitors cost, as a ratio (minutes; needs an idle machine)
+bench: $(BENCH) ## speed beside peers, as tables in build/bench (an hour on an idle machine; minutes: ARGS=--quick)
+	@set -e; for name in $(BENCHMARKS); do $(BIN)/python benchmarks/$$name.py $(ARGS); done
+
+bench-more: $(STAMP) ## what monitors, checkpoints, checks and conversion cost, and the forecast's efficiency (minutes)
 	$(BIN)/python benchmarks/monitors.py $(ARGS)
+	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/forecast.py
+
+$(BENCH): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[bench]'
+	@touch $@
 
 golden: $(STAMP) ## write the golden losses of the installed torch, after a change that is meant to change them
 	SYMBIOTIC_WRITE_GOLDEN=1 $(BIN)/python -m pytest -q tests/test_arc.py -k golden

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
+from symbiotic.callbacks.checkpoint import AtomicCheckpointIO
 from symbiotic.config import compose, instantiate, save_config
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.runs import save_state
@@ -25,7 +24,6 @@ def run_folder(shared: Path, folder: Path, *overrides: str) -> Config:
     states = [UnifiedModel(config.model, config.system).initialise(seed).state_dict() for seed in range(3)]
     save_state(folder / "init.safetensors", states[0])
     save_state(folder / "model.safetensors", states[1])
-    (folder / "checkpoints").mkdir()
     half = {"state_dict": {f"model.{name}": value for name, value in states[2].items()}}
-    torch.save(half, folder / "checkpoints" / "step=000010.ckpt")
+    AtomicCheckpointIO().save_checkpoint(half, folder / "checkpoints" / "step=000010.ckpt")
     return config

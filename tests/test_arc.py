@@ -22,7 +22,7 @@ from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.callbacks.events import read_events
 from symbiotic.config import compose
 from symbiotic.evaluation.assets import ASSETS
-from symbiotic.runs import load_state, provenance, read_json, write_json
+from symbiotic.runs import load_state, read_json, write_json
 from symbiotic.schema import Config, ConfigError, RunError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -179,25 +179,6 @@ def test_a_run_does_not_go_on_from_another_parent(shared_tmp: Path, tmp_path: Pa
         arc.run(config)
 
 
-@pytest.mark.parametrize("apart", [{"code": "0dd"}, {"torch": "2.0"}, {}])
-def test_a_run_does_not_go_on_with_other_code_or_versions(
-    apart: dict[str, str], shared_tmp: Path, tmp_path: Path
-) -> None:
-    """Whatever is left of it: nothing was trained here but a receipt written. {}: by code that did not say which."""
-    config = compose(overrides(shared_tmp, tmp_path))
-    made = provenance()
-    began = made | apart | {"commit": "c0ffee"} if apart else {}
-    write_json(Path(config.run_dir) / "receipt.json", {"parent": "stage 0", "provenance": began})
-    with pytest.raises(RunError) as caught:
-        arc.run(config)
-    (key, old), *_ = [*apart.items(), ("code", None)]
-    line = str(caught.value)
-    assert line.startswith(f"{config.run_dir}: this run was begun by {key} {old}")
-    assert f"this is {key} {made[key]}" in line
-    assert line.endswith("remove the folder to run it anew, or go back to that commit and these versions")
-    assert not (Path(config.run_dir) / "init.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("change", "line"),
     [
@@ -228,25 +209,6 @@ def test_dry_run_prints_the_tables_and_trains_nothing(tmp_path: Path, capsys: py
     assert "routed experts und" in printed
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "data").exists()
-
-
-def test_a_killed_run_resumes_bit_exactly(shared_tmp: Path, tmp_path: Path, project_root: Path) -> None:
-    """SIGKILL once the first checkpoint is there; the second start ends with the losses of an undisturbed run."""
-    reference = run(shared_tmp, tmp_path / "whole", "phases.steps=40", "save_every=5")
-    arguments = overrides(shared_tmp, tmp_path / "killed", "phases.steps=40", "save_every=5")
-    config = compose(arguments)
-    folder = Path(config.run_dir) / "checkpoints"
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen(command(arguments, project_root), **quiet) as process:
-        while process.poll() is None and not list(folder.glob("step=*.ckpt")):
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not (Path(config.run_dir) / "summary.json").exists()
-    arc.run(config)
-    assert trace(config) == trace(reference)
-    a, b = (load_state(Path(c.run_dir) / "model.safetensors") for c in (config, reference))
-    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

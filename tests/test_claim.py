@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from symbiotic.claim import claimed
+import intruders
+from symbiotic.claim import claimed, let_go, owner
 from symbiotic.schema import RunError
 
 
@@ -18,16 +19,6 @@ def hold(folder: Path, told: Connection) -> None:
     with claimed(folder, "train there"):
         told.send("held")
         signal.pause()
-
-
-def race(folder: Path, barrier: object, told: Connection) -> None:
-    barrier.wait()  # type: ignore[attr-defined]
-    try:
-        with claimed(folder, "train there"):
-            told.send("won")
-            signal.pause()
-    except RunError:
-        told.send("refused")
 
 
 def test_a_second_process_is_refused_by_name_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
@@ -51,19 +42,9 @@ def test_a_second_process_is_refused_by_name_and_a_dead_one_is_not_waited_for(tm
 
 
 def test_of_many_simultaneous_starts_one_wins(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    barrier, pipes, started = context.Barrier(12), [], []
-    for _ in range(12):
-        here, there = context.Pipe()
-        started.append(context.Process(target=race, args=(tmp_path, barrier, there)))
-        started[-1].start()
-        pipes.append(here)
-    answers = [pipe.recv() for pipe in pipes]
-    for process in started:
-        process.kill()
-        process.join()
-    assert sorted(set(answers)) == ["refused", "won"]
-    assert answers.count("won") == 1
+    found = intruders.simultaneous(50, tmp_path)
+    assert found["wrong"] == []
+    assert (found["winners"], found["refused"]) == (1, 49)
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
@@ -73,3 +54,28 @@ def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path) -> None:
         claimed(tmp_path / "file/run", "go"),
     ):
         raise AssertionError("made")
+
+
+def test_a_worker_that_outlives_its_killed_process_holds_nothing(tmp_path: Path) -> None:
+    """As those of a loader do for some seconds; other forked processes, as ranks, hold it on."""
+    for lets_go in (True, False):
+        folder = tmp_path / str(lets_go)
+        reading, writing = os.pipe()
+        process = os.fork()
+        if not process:
+            with claimed(folder, "work"):
+                worker = os.fork()
+                if not worker and lets_go:
+                    let_go()
+                os.write(writing, b"w" if worker else b"c")
+                signal.pause()
+        assert sorted(os.read(reading, 1) for _ in range(2)) == [b"c", b"w"]
+        (worker,) = children(process)
+        os.kill(process, signal.SIGKILL)
+        os.waitpid(process, 0)
+        assert (owner(folder) is None) == lets_go
+        os.kill(worker, signal.SIGKILL)
+
+
+def children(process: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]

@@ -18,6 +18,7 @@ from symbiotic.evaluation.prompts import pictures
 from symbiotic.runs import load_state
 from symbiotic.schema import Config, ConfigError
 from symbiotic.studies.benchmarks import make_suite
+from symbiotic.studies.evaluate import open_session
 from symbiotic.studies.generate import Request, generate
 from symbiotic.trained import open_run
 
@@ -86,6 +87,9 @@ def test_an_evaluation_takes_the_keys_of_codes_and_no_others(run: Config) -> Non
     opened = open_run(run.run_dir)
     asked = compose_evaluation([f"run={run.run_dir}", "evaluation=smoke", "sampler.top_k=3"])
     assert make_suite(asked, opened).objective.sampler.top_k == 3
+    session = open_session(asked, Path(run.run_dir), lambda line: None)
+    assert opened.tokenizer.images is not None
+    assert session.identity["image_tokenizer"] == opened.tokenizer.images.fingerprint  # which decides its scores
     asked = compose_evaluation([f"run={run.run_dir}", "evaluation=smoke", "sampler.steps=3"])
     with pytest.raises(ConfigError, match=r"^sampler.steps=3: has no effect: the run's objective is autoregressive$"):
         make_suite(asked, opened)

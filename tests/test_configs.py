@@ -19,8 +19,20 @@ import yaml
 from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
-from symbiotic.checks.values import TRAINER_KEYS
-from symbiotic.config import CONF, Composer, _ablated, _compose, _state, instantiate, run_name, save_config
+from checkpoints import OLMOE, QWEN2, write
+from symbiotic.checks.trainer import TRAINER_KEYS
+from symbiotic.config import (
+    CONF,
+    UNSET,
+    Composer,
+    _ablated,
+    _compose,
+    _state,
+    compose,
+    instantiate,
+    run_name,
+    save_config,
+)
 from symbiotic.convert.split import assign, split_state
 from symbiotic.launch import Failure, check_members, members, prepare_runs
 from symbiotic.layout import (
@@ -39,10 +51,18 @@ from symbiotic.training.roles import assign_roles
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SYSTEMS = sorted(path.stem for path in (CONF / "system").glob("*.yaml"))
 FILES = sorted(path for path in CONF.rglob("*.yaml"))
+SLOW = {"utamoe_stage1": pytest.mark.slow}  # the first part of utamoe
 GLOBAL = ("experiment", "ablation", "study", "debug")  # groups whose files are deltas on the whole config
+SETS = ("t2i", "t2i_long", "lm", "lm_unreplayed", "mmu")
+SOURCES = f"data.source.sources={{{{{','.join(f'{name}:{{{{files:[x]}}}}' for name in SETS)}}}}}"
 NEEDS = {  # options that mean nothing alone
     "rates=roles": None,  # what the other rates are built on
     "init=checkpoint": ["init.checkpoint={file}"],
+    "data=shards": ["data.source.shards=[{file}]", "data.source.tokenizer={file}"],
+    "data=sources": [SOURCES, "data.source.tokenizer={file}"],
+    "data=stream": [SOURCES, "data.source.tokenizer={file}"],
+    "init=pretrained": ["model=pretrained", "init.folder={folder}"],
+    "model=pretrained": ["init=pretrained", "init.folder={folder}"],
     "trainer=ddp": ["data.micro_batches=2"],
     "ablation=two_experts": ["model.num_experts=16"],  # too few of the smoke model's
 }
@@ -83,7 +103,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 # --------------------------------------------------------------------------- composition
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
+@pytest.mark.parametrize("experiment", [pytest.param(name, marks=SLOW.get(name, ())) for name in EXPERIMENTS])
 @pytest.mark.parametrize("option", [option for option in OPTIONS if NEEDS.get(option, ()) is not None])
 def test_every_option_composes_and_validates(composer: Composer, experiment: str, option: str, tmp_path: Path) -> None:
     if experiment.startswith("utamoe") and option in UNFIT:
@@ -92,7 +112,8 @@ def test_every_option_composes_and_validates(composer: Composer, experiment: str
         return
     file = tmp_path / "parent.safetensors"
     file.touch()
-    more = [o.format(file=file) for o in NEEDS.get(option) or ()]
+    folder = write(tmp_path / "hf", QWEN2 | {"num_experts": 16}, None)
+    more = [o.format(file=file, folder=folder) for o in NEEDS.get(option) or ()]
     config = composer.config([f"experiment={experiment}", option, *more])
     assert config.name == experiment
     assert Path(config.run_dir).parent == tmp_path / "runs" / experiment
@@ -219,6 +240,59 @@ def test_what_logs_steer_is_part_of_the_run_folder(composer: Composer) -> None:
     assert folder("log_every=5", acts) != folder("log_every=10", acts)
 
 
+def test_keys_without_a_value_leave_the_name_of_a_run_alone(composer: Composer) -> None:
+    """Those that came later: a run that does not use them keeps its folder."""
+    raw = OmegaConf.to_container(composer.composed(["experiment=smoke"]), resolve=False)
+    older = {**raw, **{group: {k: v for k, v in raw[group].items() if k not in keys} for group, keys in UNSET.items()}}
+    assert run_name(older) == run_name(raw)
+    raw["data"]["encoded"] = ["/some"]
+    assert run_name(older) != run_name(raw)
+
+
+# --------------------------------------------------------------------------- pretrained models
+
+
+def test_the_numbers_of_a_pretrained_model_are_its_files(composer: Composer, tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", QWEN2, None)
+    config = compose_from(folder)
+    assert (config.model.width, config.model.shared_hidden, config.model.attention.qkv_bias) == (32, 24, True)
+    assert (config.model.gen_fraction, config.init.stage0) == (0.25, None)
+    long = [f"init.folder={folder}", "init=pretrained", "model=pretrained"]
+    assert composer.config(["experiment=smoke", *long]).run_dir == config.run_dir
+    assert compose_from(write(tmp_path / "hf", QWEN2 | {"hidden_size": 48}, None)).run_dir != config.run_dir
+
+
+REFUSED = {
+    "model.width=64": r"model\.width=64: must be 32, the hidden_size of .*config\.json; model=pretrained takes it",
+    "model=smoke": r"model\.vocab_size=512: must be 96, the vocab_size of",
+    "system=dense": r"system=dense: it has no routed experts",
+    "init.parent_shared=false": r"init\.parent_shared=false: system=symbiotic has a shared expert",
+    "init.checkpoint=none": r"init\.checkpoint is another start; must be null",
+}
+
+
+@pytest.mark.parametrize("override", REFUSED)
+def test_what_a_pretrained_model_cannot_be_is_refused(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=REFUSED[override]) as error:
+        compose_from(write(tmp_path / "hf", QWEN2, None), override)
+    assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_shared_expert_names_the_systems_that_work(tmp_path: Path) -> None:
+    folder = write(tmp_path / "hf", OLMOE, None)
+    with pytest.raises(ConfigError, match=r"system=symbiotic: it has a shared expert, and OlmoeForCausalLM has none"):
+        compose_from(folder)
+    for works in ("ablation=no_shared_ever", "system=symbiotic_bridge"):
+        assert compose_from(folder, works).model.shared_hidden == 0
+    (folder / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"init\.folder=.*: no config\.json in it"):
+        compose_from(folder)
+
+
+def compose_from(folder: Path, *overrides: str) -> Config:
+    return compose(["experiment=smoke", f"init_from={folder}", *overrides])
+
+
 # --------------------------------------------------------------------------- what the values mean
 
 
@@ -276,7 +350,8 @@ def test_a_saved_config_reads_back_as_itself(composer: Composer, tmp_path: Path)
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_parameter_names_and_roles_are_those_of_the_model(composer: Composer, system: str) -> None:
-    dials = ["model.attention.qkv_bias=true", "model.gated_shared=true", "model.tied_head=true"]
+    dials = ["model.attention.qkv_bias=true", "model.tied_head=true"]
+    dials += ["model.gated_shared=true"] if system != "symbiotic_bridge" else []  # which has no shared expert
     dense = ["model.dense_layers=[0]", "model.dense_hidden=16"]
     for overrides in ([], [*dials, *dense, "lora=r16"], ["model.attention.qk_norm=none"]):
         config = composer.config(["experiment=smoke", f"system={system}", *overrides])
@@ -394,10 +469,11 @@ def test_every_target_takes_its_arguments(composer: Composer, experiment: str) -
         signature.bind(**given)
 
 
-@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp"])
+@pytest.mark.parametrize("trainer", ["cpu", "gpu", "ddp", "fsdp"])
 def test_trainers_name_arguments_of_lightning(composer: Composer, trainer: str) -> None:
     config = composer.config(["experiment=smoke", f"trainer={trainer}", "debug=overfit"])
-    assert set(inspect.signature(lightning.Trainer).bind(**config.trainer).arguments) == set(config.trainer)
+    given = {name: value for name, value in config.trainer.items() if name != "expert_parallel"}
+    assert set(inspect.signature(lightning.Trainer).bind(**given).arguments) == set(given)
 
 
 def test_the_known_arguments_are_those_of_lightning() -> None:
@@ -448,3 +524,32 @@ def test_arguments_of_our_classes_have_their_types(target: str, argument: dict[s
     with pytest.raises(ConfigError, match=re.escape(line)):
         instantiate({"_target_": f"symbiotic.evaluation.{target}", **argument}, "key")
     instantiate({"_target_": "symbiotic.evaluation.mmlu_benchmark.MMLU", "folder": None, "max_tokens": 9}, "key")
+
+
+def test_the_words_of_the_trainer_are_those_of_lightning() -> None:
+    """Checked without importing it, and held against it here."""
+    from typing import get_args
+
+    from lightning.fabric.connector import _PRECISION_INPUT_STR, _PRECISION_INPUT_STR_ALIAS
+    from lightning.pytorch.accelerators import AcceleratorRegistry
+
+    from symbiotic.checks.trainer import ACCELERATORS, PRECISIONS
+
+    assert set(get_args(_PRECISION_INPUT_STR)) | set(get_args(_PRECISION_INPUT_STR_ALIAS)) == set(PRECISIONS)
+    assert set(AcceleratorRegistry) | {"auto", "gpu"} == set(ACCELERATORS)
+
+
+@pytest.mark.parametrize("name", ["AdamW", "Adam", "SGD", "RMSprop", "NAdam", "Adafactor", "SparseAdam"])
+def test_an_optimiser_of_torch_takes_its_own_arguments(name: str) -> None:
+    import inspect
+
+    import torch
+
+    from symbiotic.checks.optimizer import check_optimizer
+
+    known = [key for key in inspect.signature(getattr(torch.optim, name)).parameters if key not in ("params", "lr")]
+    signature = inspect.signature(getattr(torch.optim, name)).parameters
+    node = {key: signature[key].default for key in known if not key.startswith("beta2")}
+    check_optimizer({"_target_": f"torch.optim.{name}", **node}, "rates.optimizer")
+    with pytest.raises(ConfigError, match=rf"rates\.optimizer\.speed: no such argument of torch\.optim\.{name}"):
+        check_optimizer({"_target_": f"torch.optim.{name}", "speed": 1}, "rates.optimizer")

@@ -17,7 +17,7 @@ import pytest
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import last_values
 from symbiotic.config import CONF, compose, compose_evaluation
-from symbiotic.studies import ask, generate, inspection
+from symbiotic.studies import ask, check_data, generate, inspection
 from symbiotic.studies.request import parse_request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +53,7 @@ COMMANDS = [
 ]
 TRAIN = [command for command in COMMANDS if "src/train.py" in command]
 EVAL = [command for command in COMMANDS if "src/eval.py" in command]
-REQUESTS = [c for c in COMMANDS if re.search(r"src/(generate|ask|inspect_run)\.py", c)]
+REQUESTS = [c for c in COMMANDS if re.search(r"src/(generate|ask|inspect_run|check_data)\.py", c)]
 MAP = rows(section("Paper map"))
 
 
@@ -75,9 +75,9 @@ def test_commands_of_the_evaluation_compose(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", REQUESTS)
-def test_commands_about_a_run_are_read(command: str) -> None:
+def test_commands_of_the_other_scripts_are_read(command: str) -> None:
     script, arguments = re.fullmatch(r"python src/(\w+)\.py (.*)", command).groups()  # type: ignore[union-attr]
-    module = {"generate": generate, "ask": ask, "inspect_run": inspection}[script]
+    module = {"generate": generate, "ask": ask, "inspect_run": inspection, "check_data": check_data}[script]
     parse_request(module.Request, shlex.split(arguments), module.READ)
 
 

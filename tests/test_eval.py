@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,20 +66,28 @@ def killed_when(there: Callable[[Path], bool], arguments: list[str], run: Path, 
             if any(there(folder) for folder in (run / "evaluation").glob("*")):
                 os.killpg(process.pid, signal.SIGKILL)
                 break
+            time.sleep(0.01)
         return process.wait() == -signal.SIGKILL
 
 
-def test_killed_at_several_points_it_ends_with_the_same_bytes(run: Path, tmp_path: Path, project_root: Path) -> None:
+POINTS: list[Callable[[Path], bool]] = [
+    lambda folder: lines(folder / "knowledge_unreplayed.jsonl") >= 3,
+    lambda folder: len(list(folder.glob("images/*/0*.png"))) >= 3,
+    lambda folder: lines(folder / "flow_error.jsonl") >= 2,
+    lambda folder: lines(folder / "generation.jsonl") >= 2,
+]
+
+
+@pytest.mark.parametrize(
+    "points", [POINTS[:2], pytest.param(POINTS[2:], marks=pytest.mark.slow)], ids=["early", "late"]
+)
+def test_killed_at_several_points_it_ends_with_the_same_bytes(
+    points: list[Callable[[Path], bool]], run: Path, tmp_path: Path, project_root: Path
+) -> None:
     arguments = [SMOKE, "evaluation.batch_size=1"]
     whole = Path(shutil.copytree(run, tmp_path / "whole" / "run"))
     expected = contents(evaluate_run(compose_evaluation(["run=x", *arguments]), whole, lambda line: None))
-    points: list[Callable[[Path], bool]] = [
-        lambda folder: lines(folder / "knowledge_unreplayed.jsonl") >= 3,
-        lambda folder: lines(folder / "flow_error.jsonl") >= 2,
-        lambda folder: len(list(folder.glob("images/*/0*.png"))) >= 3,
-        lambda folder: lines(folder / "generation.jsonl") >= 2,
-    ]
-    assert [killed_when(point, arguments, run, project_root) for point in points] == [True] * 4
+    assert [killed_when(point, arguments, run, project_root) for point in points] == [True] * 2
     (folder,) = (run / "evaluation").iterdir()
     assert not (folder / "results.json").exists()
     assert evaluate_run(compose_evaluation(["run=x", *arguments]), run, lambda line: None) == folder

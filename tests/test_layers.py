@@ -13,13 +13,27 @@ SRC = Path(__file__).resolve().parents[1] / "src"
 FILES = {str(path.relative_to(SRC)): path for path in sorted(SRC.rglob("*.py"))}
 INITS = [name for name in FILES if name.endswith("__init__.py")]
 LAYERS = [
-    {"schema", "layout", "files"},
+    {"schema", "layout", "files", "stop", "redact", "ranks"},
     {"models"},
     {"objectives", "training", "convert", "images"},
     {"generation", "data"},
     {"evaluation"},
     {"module", "callbacks"},
-    {"config", "checks", "hints", "claim", "launch", "arc", "fit", "runs", "studies", "trained"},
+    {
+        "config",
+        "checks",
+        "hints",
+        "claim",
+        "launch",
+        "team",
+        "strategy",
+        "arc",
+        "fit",
+        "resume",
+        "runs",
+        "studies",
+        "trained",
+    },
     {path.stem for path in SRC.glob("*.py")},  # the scripts
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}

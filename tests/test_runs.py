@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from symbiotic import files, runs
-from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError
+from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError, defect
 from symbiotic.runs import (
     Journal,
+    commit,
     digest,
     load_state,
     read_json,
-    replace_with,
     run_code,
     save_state,
     source_hash,
     write_json,
 )
 from symbiotic.schema import RunError
+from symbiotic.training.finite import not_finite
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) -> None:
@@ -34,9 +37,39 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_litter(tmp_path: Path) ->
         raise OSError("full")
 
     with pytest.raises(OSError, match="full"):
-        replace_with(path, broken)
+        commit(path, broken)
     assert read_json(path) == {"old": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_kill_between_a_file_and_its_manifest_leaves_no_manifest_of_an_older_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save_state(tmp_path / "x.safetensors", {"a": torch.zeros(3)})
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    renamed = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda a, b: killed() if b == files.manifest_of(path) else renamed(a, b))
+    with pytest.raises(KeyboardInterrupt):
+        save_state(path, {"a": torch.ones(3)})
+    assert not files.manifest_of(path).exists()
+    assert load_state(path)["a"].tolist() == [1, 1, 1]
+
+
+def test_only_what_dead_processes_left_is_swept(tmp_path: Path) -> None:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    (tmp_path / "deep").mkdir()
+    dead, alive, mine = (f".a.ckpt.{pid}.writing" for pid in (process.pid, os.getppid(), os.getpid()))
+    for name in (dead, alive, "a.ckpt", ".hidden"):
+        (tmp_path / "deep" / name).write_text("half")
+    assert [path.name for path in files.sweep(tmp_path)] == [dead]
+    (tmp_path / mine).write_text("of a write that an exception ended")
+    assert [path.name for path in files.sweep(tmp_path)] == [mine]
+    assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == [alive, ".hidden", "a.ckpt"]
+    assert files.sweep(tmp_path / "nowhere") == []
 
 
 def test_states_round_trip_and_bad_ones_are_named(tmp_path: Path) -> None:
@@ -49,6 +82,17 @@ def test_states_round_trip_and_bad_ones_are_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"not a checkpoint at all")
         with pytest.raises(RunError, match=rf"{name}: not a readable checkpoint"):
             load_state(tmp_path / name)
+
+
+def test_a_damaged_state_is_refused_and_one_without_a_manifest_is_taken(tmp_path: Path) -> None:
+    path = save_state(tmp_path / "x.safetensors", {"a": torch.zeros(100)})
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(RunError, match=r"x\.safetensors: damaged \(its checksum is not"):
+        load_state(path)
+    path.with_name("x.safetensors.json").unlink()  # as from elsewhere: safetensors itself finds nothing
+    assert load_state(path)["a"][-1] != 0
 
 
 def test_digest_is_of_the_content() -> None:
@@ -94,8 +138,58 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_part_of_a_file(small_disk: Path) -> None:
-    with pytest.raises(RunError, match=r"x\.safetensors: not written: .*No space left"):
+    with pytest.raises(RunError, match=r"x\.safetensors: not written: need 1 MB, have 0 MB"):
         save_state(small_disk / "x.safetensors", {"a": torch.zeros(200_000)})
     with pytest.raises(CheckpointError, match=r"step=000001\.ckpt: checkpoint not written: need 1 MB, have 0 MB"):
         AtomicCheckpointIO().save_checkpoint({"a": torch.zeros(200_000)}, small_disk / "step=000001.ckpt")
     assert list(small_disk.iterdir()) == []
+
+
+def test_a_disk_that_is_full_when_the_manifest_is_written_costs_no_older_file(small_disk: Path) -> None:
+    """The new file fits to the last page, what is to be said of it does not."""
+    path, state = small_disk / "step=000001.ckpt", {"state_dict": {"a": torch.ones(10_000)}}
+    AtomicCheckpointIO().save_checkpoint(state, path)
+    disk = os.statvfs(small_disk)
+    pages = -(-path.stat().st_size // disk.f_frsize)
+    (small_disk / "filler").write_bytes(bytes((disk.f_bfree - pages) * disk.f_frsize))
+    assert os.statvfs(small_disk).f_bfree == pages
+    for again in (path, small_disk / "step=000002.ckpt"):
+        with pytest.raises(
+            CheckpointError, match=rf"{again.name}: checkpoint not written: .*(No space|need)"
+        ) as caught:
+            AtomicCheckpointIO().save_checkpoint(state, again)
+        assert "\n" not in str(caught.value)
+        assert sorted(p.name for p in small_disk.iterdir()) == ["filler", path.name, f"{path.name}.json"]
+        assert defect(path) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        ({"a": torch.ones(3), "b": {"c": [torch.tensor([1.0, float("nan")])]}}, "b.c.0"),
+        ({"a": torch.tensor([float("inf"), -float("inf")])}, "a"),
+        ({"lr": float("nan")}, "lr"),
+        ({"big": torch.full((4,), 3e38), "half": torch.full((99,), 6e4, dtype=torch.float16)}, None),
+        ({"n": torch.tensor([1]), "empty": torch.zeros(0), "text": "nan", "flag": True, "one": 1}, None),
+        ({"s": torch.tensor(float("nan"), dtype=torch.bfloat16)}, "s"),
+    ],
+)
+def test_what_is_not_finite_is_named(state: dict[str, Any], name: str | None) -> None:
+    assert not_finite(state) == name
+
+
+def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
+    bad = {"w": torch.tensor([0.0, float("nan")])}
+    with pytest.raises(RunError, match=r"x\.safetensors: not written: w is not finite"):
+        save_state(tmp_path / "x.safetensors", bad)
+    moments = {"state": {0: {"exp_avg": torch.tensor([float("inf")])}}, "param_groups": []}
+    good = {"state_dict": {"w": torch.ones(2)}, "callbacks": {"log": {"mean": float("nan")}}}
+    for checkpoint, name in (
+        ({"state_dict": bad}, "w"),
+        ({**good, "optimizer_states": [moments]}, r"optimizer 0\.0\.exp_avg"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"step=000001\.ckpt: checkpoint not written: {name} is not finite"):
+            AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "step=000001.ckpt")
+    assert list(tmp_path.iterdir()) == []
+    AtomicCheckpointIO().save_checkpoint(good, tmp_path / "step=000001.ckpt")
+    assert defect(tmp_path / "step=000001.ckpt") is None

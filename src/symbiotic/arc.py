@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 import math
 import subprocess
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from symbiotic.callbacks.checkpoint import checkpoints, newest_step
 from symbiotic.callbacks.csv_log import CSVLog
 from symbiotic.callbacks.ema import EMA, PREFIX
+from symbiotic.callbacks.finite_check import FiniteCheck
 from symbiotic.callbacks.in_loop_evaluation import SCORES, InLoopEvaluation, read_scores, record_scores
 from symbiotic.callbacks.log import StepLog
 from symbiotic.callbacks.lr_phases import LRPhases
@@ -28,17 +33,24 @@ from symbiotic.callbacks.sample_grid import SampleGrid
 from symbiotic.callbacks.shared_only_probe import SharedOnlyProbe
 from symbiotic.callbacks.step import Probing
 from symbiotic.config import instantiate, save_config
+from symbiotic.convert.assignment import read_assignment
+from symbiotic.convert.disk import copy_tokens
+from symbiotic.convert.huggingface import origin, read_parent, swap_rows
 from symbiotic.convert.profile import expert_counts
 from symbiotic.convert.receipt import receipt
-from symbiotic.convert.split import assign, split_state
+from symbiotic.convert.split import Assignment, assign, split_state
+from symbiotic.convert.tokens import adapted
+from symbiotic.data.account import ACCOUNT, BAD_SAMPLES
+from symbiotic.data.encoded import Encoded
 from symbiotic.data.image_codes import ImageCodes, encode_corpus
 from symbiotic.data.loader import MicroBatches
 from symbiotic.data.plan import DataPlan
-from symbiotic.data.shards import ShardIndex
-from symbiotic.data.tokenizer import Tokenizer
+from symbiotic.data.shards import ShardIndex, ShardReader
+from symbiotic.data.streamed import StreamData
+from symbiotic.data.tokenizer import SPECIALS, Tokenizer
 from symbiotic.evaluation.benchmark import measuring, write_jsonl
 from symbiotic.evaluation.captions import read_captions
-from symbiotic.evaluation.embedded import EmbeddedEvaluation, Scores
+from symbiotic.evaluation.embedded import Scores, corpus_suite, has_benchmarks
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
@@ -47,9 +59,9 @@ from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
 from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
+from symbiotic.resume import changes, hold, identities, identity, settings
 from symbiotic.runs import (
     Journal,
-    check_same_code,
     digest,
     load_state,
     locked,
@@ -65,14 +77,17 @@ from symbiotic.runs import (
 from symbiotic.schema import Config, ConfigError, Lora, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
+from symbiotic.team import agree, first, is_first, size
 from symbiotic.trained import EMA as EMA_FILE
-from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, TOKENIZER
+from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, PRETRAINED, PRETRAINED_TOKENS, TOKENIZER
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
+from symbiotic.training.sharded import whole
 
 GENERATION_SETS = ("t2i", "t2i_long")
 PROBE_SEED = 1_000_003
-RECEIPT = "receipt.json"
+RECEIPT, RECEIPT_TABLE = "receipt.json", "receipt.txt"
+INIT = "init.safetensors"
 
 PARENT_CODE = (
     *("schema.py", "layout.py", "models", "objectives", "training", "data"),
@@ -106,31 +121,36 @@ class Arc:
         self.provenance = provenance()  # now: sources may be edited while it runs
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_config(config, self.folder / "config.yaml")
             self.cache.mkdir(parents=True, exist_ok=True)
+            if is_first():
+                save_config(config, self.folder / "config.yaml")
         except OSError as error:
             raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
-        self.journal = Journal(self.cache / "seconds.json")
+        self.journal = Journal(self.cache / "seconds.json", keeps=is_first())
         self.made = make_callbacks(config)  # now: a wrong argument costs no stage 0
         self.scorers: subprocess.Popen[bytes] | None = None
         self.ema_scores: Scores | None = None
         self.told: set[str] = set()
 
     def run(self) -> float:
-        done = summary.finished(self.folder, self.config)
+        done = agree(lambda: summary.finished(self.folder, self.config))
         if done is not None and not self.config.parent_only:
             print(f"{self.folder} is finished; its summary:\n{(self.folder / 'summary.txt').read_text()}")
             return done
-        begun = read_json(self.folder / RECEIPT)
-        if begun is not None and not self.config.parent_only:
-            check_same_code(self.folder, begun.get("provenance") or {}, self.provenance)
-        self.prepare_data()
+        if not self.config.parent_only:
+            agree(self.hold)
+        with first():
+            self.prepare_data()
         try:
-            parent = self.parent()
+            self.parent_of_all()
             if self.config.parent_only:
+                agree(lambda: self.parent() and None)
                 return math.nan
-            state = self.split(parent)
+            with first():
+                state = self.init() if is_first() else load_state(self.folder / INIT)
             scores = self.joint(state)
+            if scores is None:
+                return math.nan
         except BaseException:
             if self.scorers is not None:  # do not keep a stopped run waiting; the next start trains the judges
                 self.scorers.terminate()
@@ -140,24 +160,95 @@ class Arc:
                 self.scorers.wait()
         return summary.write(self, scores)
 
+    def hold(self) -> None:
+        """A run that goes on is the one that began, or what differs is allowed and on record."""
+        corpus = instantiate(self.config.data.source, "data.source").fingerprint
+        now = settings(self.config, self.provenance, corpus)
+        begun = (self.folder / RECEIPT).exists() or bool(checkpoints(self.folder / "checkpoints"))
+        hold(self.folder, now, self.config.allow_changes, begun, lambda: newest_step(self.folder / "checkpoints"))
+
+    def init(self) -> dict[str, Tensor]:
+        """What joint training starts from. A run that was changed on the way keeps the parent that it began with."""
+        found = read_json(self.folder / RECEIPT)
+        if not changes(self.folder):
+            return self.split(self.parent())
+        if found is None:
+            why = "missing or damaged, and the run was changed on the way: its parent cannot be made again"
+            raise RunError(f"{self.folder / RECEIPT}: {why}; remove the folder to run it anew")
+        self.parent_name, self.stage0_scores = found["parent"], found["stage_0"]
+        return load_state(self.folder / INIT)
+
     # ------------------------------------------------------------------ data
 
     def prepare_data(self) -> None:
-        source = instantiate(self.config.data.source, "data.source")
+        self.source = source = instantiate(self.config.data.source, "data.source")
         self.fingerprint: str = source.fingerprint
         with self.journal.step("data", self.fingerprint, "write the corpus, once, or find it", Path(source.folder)):
             self.data: Path = source.prepare()
             self.index = ShardIndex.load(self.data / "index.npz")
-        check_data(self.config, self.data, self.index)
-        words = (self.data / TOKENIZER).read_text(encoding="utf-8")
-        write_text(self.folder / TOKENIZER, words)  # a run answers and draws without its corpus
+        self.prepare_vectors()
+        check_data(self.config, self.data, self.index, self.encoded)
+        if is_first():  # a run answers and draws without its corpus
+            write_text(self.folder / TOKENIZER, (self.data / TOKENIZER).read_text(encoding="utf-8"))
         evaluation = self.config.evaluation
         more = make_benchmarks(evaluation)
         self.prepare_codes()
-        self.evaluation = EmbeddedEvaluation(
-            self.data, evaluation, self.config.objective, evaluation.scorers, list(more.values()), self.images
+        self.evaluation = corpus_suite(
+            self.data, evaluation, self.config.objective, list(more.values()), self.images, self.image_size()
         )
-        self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)  # last: nothing fails beside it
+        self.evaluation.tokenizer.autoencoder, self.evaluation.tokenizer.vision = self.autoencoder, self.vision
+        if not is_first():
+            return
+        for name in (ACCOUNT, BAD_SAMPLES):  # of shards from elsewhere
+            if (self.data / name).is_file():
+                write_text(self.folder / name, (self.data / name).read_text(encoding="utf-8"))
+        if has_benchmarks(self.data):
+            self.scorers = launch_scorers(self.data, self.config.evaluation.scorers)  # last: nothing fails beside it
+
+    def prepare_vectors(self) -> None:
+        """Vectors of images in the place of pixels, where there are any: the index tells the lengths with them."""
+        reader = ShardReader(self.data / "shards", self.index)
+        self.encoded = [Encoded.open(folder, self.index) for folder in self.config.data.encoded]
+        for one in self.encoded:
+            self.index = one.counts(self.index, reader)
+        self.check_vectors()
+        self.autoencoder, self.vision = (self.encoder(kind) for kind in ("vae", "vit"))
+
+    def encoder(self, kind: str) -> Any:
+        """What made the vectors of this kind, to draw or to read further images; None where the config has none.
+
+        Raises:
+            ConfigError: it is another one, or it is missing and the run draws.
+        """
+        key = {"vae": "autoencoder", "vit": "vision"}[kind]
+        node = getattr(self.config.data, key)
+        made = instantiate(node, f"data.{key}") if node is not None else None
+        for one in (one for one in self.encoded if one.kind == kind):
+            if made.fingerprint != one.fingerprint if made is not None else kind == "vae":
+                has = "null" if made is None else f"encoder {made.fingerprint}"
+                raise ConfigError(f"data.{key}={has}: must be {one.fingerprint}, which made what is in {one.folder}")
+        return made
+
+    def check_vectors(self) -> None:
+        """Raises ConfigError: vectors where something needs pixels."""
+        if self.encoded and has_benchmarks(self.data):
+            where = f"data.encoded={self.encoded[0].folder}"
+            raise ConfigError(f"{where}: the benchmarks of the embedded corpus are pixels; data=shards takes vectors")
+        by_codes = self.config.objective.name == "autoregressive"
+        if by_codes and any(one.kind == "vae" for one in self.encoded):
+            raise ConfigError("objective=autoregressive: it generates codes, data.encoded has latents; take flow")
+
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) of the images that are drawn to be looked at: of the first one that is generated."""
+        made = self.generated(1)
+        return (made[0][1], made[0][2]) if made else (20, 20)
+
+    def generated(self, count: int) -> list[tuple[str, int, int]]:
+        """Caption, height and width of the first samples of the corpus whose images are generated."""
+        numbers = np.flatnonzero(self.index.num_latents > 0)[:count]
+        reader = ShardReader(self.data / "shards", self.index)
+        records = [reader.read(int(number))[0] for number in numbers]
+        return [(record["caption"], record["height"], record["width"]) for record in records]
 
     def prepare_codes(self) -> None:
         """The image tokenizer, and the codes of the corpus's generated images, where the objective wants codes."""
@@ -172,13 +263,17 @@ class Arc:
             self.images = source.prepare(self.data, self.cache)
             check_codes(self.config, self.images)
             self.codes = encode_corpus(self.images, self.data / "shards", self.index, self.cache)
-        self.images.save(self.folder / IMAGE_TOKENIZER)
+        if is_first():
+            self.images.save(self.folder / IMAGE_TOKENIZER)
 
     def dataset(self, config: Config, generation: bool) -> MicroBatches:
         objective = config.objective if generation else None
         schedule = mix_schedule(config.phases, config.mix)
+        if isinstance(self.source, StreamData):
+            streams = self.source.plan(self.index, config.mix, config.data, config.seed, objective, schedule)
+            return MicroBatches(self.data, streams, cache_bytes=0, reader=streams)
         plan = DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule)
-        return MicroBatches(self.data, plan, codes=self.codes if generation else None)
+        return MicroBatches(self.data, plan, codes=self.codes if generation else None, encoded=self.encoded)
 
     def probe(self) -> Batch:
         """The fixed batch that monitors measure on: `probe_samples` of the mix of the first phase, drawn by a seed of
@@ -187,16 +282,23 @@ class Arc:
         data = dataclasses.replace(config.data, samples=config.probe_samples, micro_batches=1, repeat_steps=0)
         start = mix_schedule(config.phases, config.mix)[:1]
         plan = DataPlan(self.index, config.mix, data, config.seed + PROBE_SEED, config.objective, start)
-        return MicroBatches(self.data, plan, codes=self.codes)[0]
+        return MicroBatches(self.data, plan, codes=self.codes, encoded=self.encoded)[0]
+
+    def about(self, key: str | None = None) -> dict[str, str]:
+        """What the manifest of a checkpoint says of where it comes from. key: what decides it, of a parent, which runs
+        of many settings share."""
+        run = identity(settings(self.config, self.provenance, self.fingerprint))
+        made = {name: self.provenance[name] for name in ("commit", "code")}
+        return run | made | ({"settings": key} if key else {})
 
     # ------------------------------------------------------------------ stage 0
 
     def parent(self) -> dict[str, Tensor]:
         """The understanding-only parent: from a checkpoint, from the cache, or trained now."""
         config = stage0_config(self.config)
-        given = self.config.init.checkpoint
+        given = self.config.init.folder or self.config.init.checkpoint
         if given is not None:
-            state = load_state(Path(given))
+            state = self.given(Path(given))
             config = parent_config(self.config, state)
             check_parent(state, config, given)
             self.parent_name = f"{given} {state_hash(state)}"
@@ -210,17 +312,56 @@ class Arc:
         with locked(folder / "lock"):
             what = "take the cached parent" if path.is_file() else f"train the parent on understanding, {steps} steps"
             with self.journal.step("stage 0", f"{key}/{path.is_file()}", what, folder):
-                state = load_state(path) if path.is_file() else self.train_parent(config, folder)
+                state = load_state(path) if path.is_file() else self.train_parent(config, folder, key)
                 self.stage0_scores = self.anchor(config, state, folder)
         return state
 
-    def train_parent(self, config: Config, folder: Path) -> dict[str, Tensor]:
-        callbacks = [StepLog(config.log_every), LRPhases(), Progress(config.log_every, label="stage 0")]
-        module = fit(config, folder, self.dataset(config, False), callbacks, [CSVLog(str(folder))], latents=False)
-        state = module.model.state_dict()
-        save_config(config, folder / "config.yaml")
-        save_state(folder / "parent.safetensors", state, data=self.fingerprint)
-        return dict(state)
+    def given(self, path: Path) -> dict[str, Tensor]:
+        """The state of a parent in a file, or in the folder of a pretrained model."""
+        if self.config.init.folder is None:
+            return load_state(path)
+        swaps = self.own_tokens(path)
+        write_json(self.folder / PRETRAINED, origin(path) | {"token_rows": swaps})
+        return swap_rows(read_parent(path, self.config.model, self.config.seed), swaps or ())
+
+    def own_tokens(self, path: Path) -> tuple[tuple[int, int], ...] | None:
+        """The rows that change places where the corpus's tokens are the pretrained model's, whose files the run then
+        keeps; None where they are others, which the model has to learn."""
+        words = (self.folder / TOKENIZER).read_text(encoding="utf-8")
+        try:
+            found = adapted(path, SPECIALS)
+        except ConfigError:  # none, or one that cannot be ours
+            return None
+        if found.text != words:
+            return None
+        (self.folder / PRETRAINED_TOKENS).mkdir(exist_ok=True)
+        copy_tokens(path, self.folder / PRETRAINED_TOKENS)
+        return found.swaps
+
+    def parent_of_all(self) -> None:
+        """Train a parent that is missing with all processes of the run; a single one does so when it needs it."""
+        if size() == 1 or self.config.init.folder is not None or self.config.init.checkpoint is not None:
+            return
+        config = stage0_config(self.config)
+        key = stage0_key(config, self.fingerprint)
+        folder = self.cache / "stage0" / key
+        begun = changes(self.folder) and read_json(self.folder / RECEIPT) is not None  # it keeps the parent that it had
+        if agree(lambda: not begun and not (folder / "parent.safetensors").is_file()):
+            print(
+                f"\n== stage 0: train the parent on understanding, {config.phases.steps} steps\n   {folder}", flush=True
+            )
+            with locked(folder / "lock") if is_first() else nullcontext():
+                self.train_parent(config, folder, key)
+
+    def train_parent(self, config: Config, folder: Path, key: str) -> dict[str, Tensor]:
+        callbacks = [StepLog(config.log_every), LRPhases(), FiniteCheck(), Progress(config.log_every, label="stage 0")]
+        loggers, about = [CSVLog(str(folder))], self.about(key)
+        module = fit(config, folder, self.dataset(config, False), callbacks, loggers, latents=False, about=about)
+        state = whole(module.model.state_dict())
+        if is_first():
+            save_config(config, folder / "config.yaml")
+            save_state(folder / "parent.safetensors", state, data=self.fingerprint)
+        return state
 
     def anchor(self, config: Config, state: dict[str, Tensor], folder: Path) -> dict[str, float]:
         """Scores of the parent, kept beside it."""
@@ -240,7 +381,7 @@ class Arc:
 
     def split(self, parent: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state that joint training starts from, with a receipt of what went where."""
-        config, path = self.config, self.folder / "init.safetensors"
+        config, path = self.config, self.folder / INIT
         found = read_json(self.folder / RECEIPT)
         if path.is_file() and found is not None and 0 in read_scores(self.folder / SCORES):
             if found["parent"] != self.parent_name:
@@ -252,18 +393,28 @@ class Arc:
             old = built(parent_config(config, parent), parent, latents=False)
             new = model_of(config)
             batches = self.profile_batches()
-            counts = expert_counts(old, batches)
-            assignment = assign(counts, config.model, config.system, config.init.assignment, config.seed)
+            assignment = self.assignment(old, batches)
             new.load_state_dict(split_state(parent, new, assignment, config.seed, config.init))
             found = receipt(old, new, assignment, batches[0]) | {
                 "parent": self.parent_name,
+                "pretrained": read_json(self.folder / PRETRAINED) if config.init.folder else None,
                 "provenance": self.provenance,
+                "stage_0": self.stage0_scores,
             }
             save_state(path, new.state_dict())
             found["iteration_0"] = dict(self.record(new, 0))
+            table = console.split_table(found)
+            write_text(self.folder / RECEIPT_TABLE, console.render(table))
             write_json(self.folder / RECEIPT, found)
-        console.show(console.split_table(found))
+        console.show(table)
         return dict(new.state_dict())
+
+    def assignment(self, parent: UnifiedModel, batches: list[Any]) -> Assignment:
+        """Which experts go where: from a file, else by the profile or without one."""
+        config, init = self.config, self.config.init
+        if init.assignment_file is not None:
+            return read_assignment(init.assignment_file, config.model, config.system)
+        return assign(expert_counts(parent, batches), config.model, config.system, init.assignment, config.seed)
 
     def profile_batches(self) -> list[Any]:
         """Understanding data only; the same for all arms of a seed."""
@@ -273,15 +424,19 @@ class Arc:
 
     # ------------------------------------------------------------------ joint training
 
-    def joint(self, state: dict[str, Tensor]) -> Scores:
+    def joint(self, state: dict[str, Tensor]) -> Scores | None:
+        """None in all processes but the first, which measures the end."""
         config, steps = self.config, self.config.phases.steps
         dataset = self.dataset(config, True)
         self.tokens = dataset.plan.tokens_by_task(steps)
         summary.show_tokens(self.tokens, steps)
         key = digest([asdict(config.model), config.system.name, steps])
         with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
-            module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state)
-            state = module.model.state_dict()
+            about, earlier = self.about(), identities(self.folder)
+            module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state, True, about, earlier)
+            state = whole(module.model.state_dict())
+            if not is_first():
+                return None
             save_state(self.folder / FINAL, state)
             if config.lora.rank:
                 save_state(self.folder / LORA, {name: value for name, value in state.items() if is_lora(name)})
@@ -289,7 +444,8 @@ class Arc:
             if any(isinstance(callback, EMA) for callback in self.made.values()):
                 average = built(config, load_state(self.folder / EMA_FILE), latents=True)
                 self.ema_scores = self.record(average, steps, PREFIX)
-            return self.record(module.model, steps)
+            sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+            return self.record(built(config, state, latents=True) if sharded else module.model, steps)
 
     def callbacks(self) -> list[Any]:
         """The callbacks, with what they measure by."""
@@ -338,8 +494,11 @@ class Arc:
 
     def draw(self, model: nn.Module, count: int) -> tuple[Any, list[str]]:
         """Images for the first captions of the generation benchmark, as the evaluation samples them."""
-        captions, pixels = read_captions(self.data / "benchmarks" / "generation", count, [])
-        texts, size = [caption.caption for caption in captions], pixels.shape[1:3]
+        if has_benchmarks(self.data):
+            captions, pixels = read_captions(self.data / "benchmarks" / "generation", count, [])
+            texts, size = [caption.caption for caption in captions], pixels.shape[1:3]
+        else:
+            texts, size = [caption for caption, *_ in self.generated(count)], self.evaluation.size
         with measuring(model):
             images = pictures(
                 model, texts, self.evaluation.tokenizer, self.config.objective, size=size, seed=self.config.seed
@@ -361,16 +520,22 @@ def make_callbacks(config: Config) -> dict[str, Any]:
     return {name: instantiate(node, f"callbacks.{name}") for name, node in nodes if node is not None}
 
 
-def check_data(config: Config, folder: Path, index: ShardIndex) -> None:
+def check_data(config: Config, folder: Path, index: ShardIndex, encoded: Sequence[Encoded] = ()) -> None:
     """Raises ConfigError where the model cannot take what the corpus holds."""
     words = Tokenizer.load(folder / "tokenizer.json").vocab_size
     if words > config.model.vocab_size:
         raise ConfigError(f"model.vocab_size={config.model.vocab_size}: must be at least {words}, the corpus's words")
-    batch = MicroBatches(folder, DataPlan(index, config.mix, config.data, config.seed, None))[0]
-    for patches, grid in ((batch.vit_patches, batch.vit_grid), (batch.latents, batch.latent_grid)):
-        if patches.shape[1] != config.model.patch_dim:
+    batch = MicroBatches(folder, DataPlan(index, config.mix, config.data, config.seed, None), encoded=encoded)[0]
+    model = config.model
+    read = "patch_dim" if model.vit_dim is None else "vit_dim"
+    for key, patches, grid in (
+        (read, batch.vit_patches, batch.vit_grid),
+        ("patch_dim", batch.latents, batch.latent_grid),
+    ):
+        if patches.shape[1] != getattr(model, key):
+            key = "vit_dim" if patches is batch.vit_patches and encoded else key
             right = f"must be {patches.shape[1]}, the numbers in a patch of the corpus"
-            raise ConfigError(f"model.patch_dim={config.model.patch_dim}: {right}")
+            raise ConfigError(f"model.{key}={getattr(model, key)}: {right}")
         side = int(grid.max()) + 1 if len(grid) else 0
         if side > config.model.max_grid:
             right = f"must be at least {side}, the patches along an image of the corpus"
@@ -399,7 +564,8 @@ def built(config: Config, state: dict[str, Tensor], latents: bool) -> UnifiedMod
 
 def stage0_config(config: Config) -> Config:
     """The config of the parent: one pool, one rate, understanding data, no flow loss."""
-    stage0, system = config.init.stage0, parent_system(config.system, config.init.parent_shared)
+    shared = config.init.parent_shared if config.init.folder is None else config.model.shared_hidden > 0
+    stage0, system = config.init.stage0, parent_system(config.system, shared)
     model = dataclasses.replace(config.model, router=dataclasses.replace(config.model.router, bias=False))
     phases = Phases(1, 0, 1.0, (Phase("stage 0", 1),))
     if stage0 is None:  # a parent from a checkpoint: its layout, and understanding data to profile it on

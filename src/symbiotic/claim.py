@@ -8,10 +8,13 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 from symbiotic.schema import RunError
 
 CLAIM = ".claim"
+
+_held: set[IO[str]] = set()  # of this process, or of the one that it was forked from
 
 
 class Claimed(RunError):
@@ -44,8 +47,19 @@ def claimed(folder: Path, what: str) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
-        file.truncate(0)
+        _held.add(file)
+        try:
+            yield
+        finally:
+            _held.discard(file)
+            file.truncate(0)
+
+
+def let_go(*_: Any) -> None:
+    """In a forked process that outlives its parent by seconds and writes nothing: do not hold the parent's claims."""
+    for file in _held:
+        file.close()
+    _held.clear()
 
 
 def owner(folder: Path) -> str | None:

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,15 +25,19 @@ from symbiotic.checks.effects import check_effects
 from symbiotic.checks.evaluation import check_evaluation
 from symbiotic.checks.targets import ALLOWED, check_arguments, check_targets, signature_arguments
 from symbiotic.checks.values import check
+from symbiotic.convert.families import nested, pretrained
+from symbiotic.files import write_text
 from symbiotic.hints import COMPOSE_ERRORS, explain
-from symbiotic.schema import Config, ConfigError, EvalConfig, parse
+from symbiotic.ranks import started
+from symbiotic.redact import redacted
+from symbiotic.schema import Config, ConfigError, EvalConfig, near_miss, parse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 
 VOLATILE = (
     *("hydra", "run_dir", "name", "paths", "threads", "dry_run", "log_every", "save_every", "metric", "logger"),
-    *("study", "parent_only"),
+    *("study", "parent_only", "allow_changes"),
 )
 """Top-level keys that do not change what a run computes: they are left out of the run folder's hash. So are the seed,
 which the folder's name shows, `data.num_workers`, and the keys of the trainer that only say where the run runs."""
@@ -45,7 +48,15 @@ LISTS = ("ablation", "callbacks", "logger")
 PATHS = ("run", "runs", "checkpoint", "report")
 """Keys of `src/eval.py` whose values are paths."""
 
-VOLATILE_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "profiler")
+INIT_FROM = "init_from"
+
+UNSET = {"init": ("assignment_file",), "model": ("vit_dim",), "data": ("encoded", "autoencoder", "vision")}
+"""Keys that are left out of the hash where nothing is set."""
+
+VOLATILE_SOURCE = ("cache", "cache_gb", "retries", "wait", "timeout")
+"""Keys of a source of data that only say how it is read."""
+
+VOLATILE_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "expert_parallel", "profiler")
 
 # --------------------------------------------------------------------------- the run folder
 
@@ -63,6 +74,10 @@ def run_name(raw: Mapping[str, Any]) -> str:
         kept["log_every"] = raw["log_every"]
     kept["trainer"] = {k: v for k, v in (kept.get("trainer") or {}).items() if k not in VOLATILE_TRAINER}
     kept["data"] = {k: v for k, v in kept["data"].items() if k != "num_workers"}
+    for group, keys in UNSET.items():  # so that runs without them keep their names
+        kept[group] = {k: v for k, v in kept[group].items() if k not in keys or v not in (None, [])}
+    if isinstance(source := kept["data"].get("source"), dict):  # an address that is signed anew is the same
+        kept["data"]["source"] = redacted({k: v for k, v in source.items() if k not in VOLATILE_SOURCE})
     kept["system"] = {**kept["system"], "pools": list(kept["system"].get("pools", {}).items())}  # their order counts
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     return f"{kept['system']['name']}-{digest}-seed{raw['seed']}"
@@ -82,7 +97,23 @@ def _register_resolvers() -> None:
     def name_of(*, _root_: DictConfig) -> str:
         return run_name(_as_dict(OmegaConf.to_container(_root_, resolve=False)))
 
+    def from_file(name: str, *, _root_: DictConfig) -> Any:
+        folder = OmegaConf.select(_root_, "init.folder")
+        if folder is None:
+            raise ConfigError("model=pretrained: its numbers are the file's; set init=pretrained init.folder=FOLDER")
+        found: Any = nested(pretrained(folder).fields)
+        for part in name.split("."):
+            found = found[part]
+        return list(found) if isinstance(found, tuple) else found
+
     OmegaConf.register_new_resolver("run_name", name_of, replace=True)
+    OmegaConf.register_new_resolver("pretrained", from_file, replace=True)
+
+    def started_with(name: str, alone: int = 1) -> int:
+        ranks = started()
+        return alone if ranks is None else int(getattr(ranks, name))
+
+    OmegaConf.register_new_resolver("started", started_with, replace=True)
     OmegaConf.register_new_resolver("complement", lambda x: round(1.0 - float(x), 12), replace=True)
     OmegaConf.register_new_resolver("under_root", lambda name: str(ROOT / name), replace=True)
 
@@ -143,12 +174,23 @@ def load(raw: Mapping[str, Any], choices: Mapping[str, Any], overrides: Sequence
     built |= {f"evaluation.benchmarks.{name}": node for name, node in config.evaluation.benchmarks.items()}
     built |= {"data.source": config.data.source, "rates.optimizer": config.rates.optimizer}
     built |= {"objective.image_tokenizer": config.objective.image_tokenizer}
+    built |= {"data.autoencoder": config.data.autoencoder, "data.vision": config.data.vision}
     for key, node in built.items():
         if node is not None:
             check_targets(node, key)
+    for group in ("callbacks", "logger"):
+        for name in (name for name, node in plain[group].items() if node is None and name not in shipped(group)):
+            near = near_miss(name, shipped(group))
+            raise ConfigError(f"{group}.{name}=null: has no effect: none has this name; {near}")
     check(config)
     check_effects(config, raw, explicit_keys(ablated, overrides))
     return config
+
+
+@functools.cache
+def shipped(group: str) -> frozenset[str]:
+    """Names of what the options of a group hold: those of the callbacks, say."""
+    return frozenset(str(name) for path in (CONF / group).glob("*.yaml") for name in read_yaml(path) or ())
 
 
 def explicit_keys(ablated: Sequence[str], overrides: Sequence[str]) -> dict[str, str]:
@@ -282,7 +324,8 @@ class Composer:
         try:
             config = load(raw, choices, task)
         except COMPOSE_ERRORS as error:  # interpolations resolve late
-            line = str(error) if isinstance(error, ConfigError) else explain(error, task, self.known, CONF)
+            own = raised_inside(error)
+            line = str(own) if own is not None else explain(error, task, self.known, CONF)
             raise ConfigError(line + set_by(line, ablations(choices, task))) from error
         self.check_ablations(ablations(choices, task), raw)
         return config
@@ -296,6 +339,22 @@ class Composer:
                     raise ConfigError(f"ablation={name}: its {key}={value} is overridden by {key}={now}")
 
 
+def raised_inside(error: BaseException | None) -> ConfigError | None:
+    """Our own error, which an interpolation that raised it wraps."""
+    while error is not None and not isinstance(error, ConfigError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def spelled_out(overrides: Sequence[str]) -> list[str]:
+    """`init_from=FOLDER`, short for the three choices that a start from a pretrained model is."""
+    short = [o for o in overrides if o.startswith(f"{INIT_FROM}=")]
+    folders = [o.partition("=")[2] for o in short]
+    full = [f"init=pretrained model=pretrained {quoted_path(f'init.folder={folder}')}" for folder in folders]
+    others = [o for o in overrides if o not in short]
+    return [*full[-1].split(" ", 2), *others] if full else others
+
+
 def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config:
     """The validated config that `python src/train.py OVERRIDES` would run; for studies, tests and notebooks.
 
@@ -306,9 +365,9 @@ def compose(overrides: Sequence[str] = (), config_name: str = "train") -> Config
     from hydra.core.global_hydra import GlobalHydra
 
     if GlobalHydra.instance().is_initialized():  # by the command line, whose folders of configs then count too
-        return Composer(config_name).config(overrides)
+        return Composer(config_name).config(spelled_out(overrides))
     with initialize_config_dir(str(CONF), version_base="1.3", job_name="train"):
-        return Composer(config_name).config(overrides)
+        return Composer(config_name).config(spelled_out(overrides))
 
 
 def compose_evaluation(overrides: Sequence[str]) -> EvalConfig:
@@ -369,14 +428,18 @@ def load_evaluation(raw: Mapping[str, Any], choices: Mapping[str, Any], override
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML, beside its target first and then renamed."""
-    text = yaml.safe_dump(json.loads(json.dumps(asdict(config))), sort_keys=False, width=120)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    Path(temporary).replace(path)
+    """Write the resolved config as YAML, without secrets."""
+    plain = redacted(json.loads(json.dumps(asdict(config))))
+    write_text(path, yaml.safe_dump(plain, sort_keys=False, width=120))
+
+
+def read_yaml(path: Path) -> Any:
+    """By libyaml where there is one, in an eighth of the time. Raises OSError, UnicodeDecodeError, YAMLError."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(path.read_text(encoding="utf-8"))
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 # --------------------------------------------------------------------------- building objects

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+WRITING = ".writing"
+"""How the name of a file ends that is being written, or that a killed process left behind."""
 
 PACKAGE = Path(__file__).resolve().parent
 
@@ -27,24 +33,159 @@ def source_hash(*parts: str) -> str:
     return hashlib.sha256(text).hexdigest()[:12]
 
 
-def replace_with(path: Path, write: Any) -> Path:
-    """Call `write(temporary path)` beside `path`, then rename: the file appears whole or not at all."""
+def commit(
+    path: Path, write: Callable[[Path], Any], *, need: int = 0, manifest: Mapping[str, Any] | None = None
+) -> Path:
+    """Call `write(temporary path)` beside `path`, wait for the disk, rename: the file appears whole or not at all.
+
+    need: bytes that must be free before anything is written.
+    manifest: facts to keep in `<path>.json` with the file's size and SHA-256. It gets its name last, so that a file
+    that it describes is complete (see `uncommitted`); its bytes are on the disk before, so that a disk that is full by
+    then costs nothing.
+
+    Raises:
+        OSError: whatever the system refuses; no part of the file is left, and an older one is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    have = shutil.disk_usage(path.parent).free if need else 0
+    if have < need:
+        raise OSError(errno.ENOSPC, f"need {need / 2**20:.0f} MB, have {have / 2**20:.0f} MB", str(path))
+    temporary, about = writing(path), writing(manifest_of(path))
     try:
         write(temporary)
+        with ThreadPoolExecutor(1) as pool:  # the disk is waited for while the checksum is computed
+            found = None if manifest is None else pool.submit(checksum, temporary)
+            sync(temporary)
+        if found is not None:
+            facts = {**(manifest or {}), "bytes": temporary.stat().st_size, "sha256": found.result()}
+            about.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            sync(about)
+            manifest_of(path).unlink(missing_ok=True)  # of an older file: a kill from here on leaves no wrong one
         temporary.replace(path)
+        if found is not None:
+            sync(path.parent)
+            about.replace(manifest_of(path))
+        sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+            about.unlink(missing_ok=True)
     return path
 
 
+def writing(path: Path) -> Path:
+    """Beside a path, the name under which this process writes it."""
+    return path.with_name(f".{path.name}.{os.getpid()}{WRITING}")
+
+
+def described(files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Name -> size and SHA-256 of files that are on the disk by then."""
+    found = {}
+    for file in files:
+        sync(file)
+        found[file.name] = {"bytes": file.stat().st_size, "sha256": checksum(file)}
+    return found
+
+
+def commit_folder(temporary: Path, path: Path, manifest: Mapping[str, Any]) -> Path:
+    """Rename a folder whose files are on the disk; what was at `path` is removed before.
+
+    manifest: what is kept in `<path>.json`, `files` (see `described`) among it. As with `commit`, it is written last.
+    """
+    sync(temporary)
+    remove(path)
+    temporary.replace(path)
+    sync(path.parent)
+    write_json(manifest_of(path), dict(manifest))
+    return path
+
+
+def remove(path: Path) -> None:
+    """A file or folder with its manifest, which goes first: what is left when a kill comes between is not whole."""
+    manifest_of(path).unlink(missing_ok=True)
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def manifest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def uncommitted(path: Path) -> str | None:
+    """Why a file that `commit` wrote with a manifest, or a folder, cannot be trusted, or None. Reads all of it."""
+    about = read_json(manifest_of(path))
+    if path.is_dir() and isinstance(about, dict) and isinstance(about.get("files"), dict):
+        problems = ((name, _differs(path / name, facts)) for name, facts in about["files"].items())
+        return next((f"{name}: {problem}" for name, problem in problems if problem), None)
+    if path.is_dir() or not isinstance(about, dict) or not {"bytes", "sha256"} <= set(about):
+        return f"no sound {manifest_of(path).name}: its writing did not come to an end"
+    return _differs(path, about)
+
+
+def _differs(path: Path, about: Mapping[str, Any]) -> str | None:
+    try:
+        if path.stat().st_size != about["bytes"]:
+            return f"{path.stat().st_size} bytes where {about['bytes']} were written"
+        return None if checksum(path) == about["sha256"] else "its checksum is not that of what was written"
+    except OSError as error:
+        return str(error.strerror)
+
+
+def announced(path: Path) -> bool:
+    """Whether a manifest says that the file, or folder, is complete; unlike `uncommitted` it reads nothing of it."""
+    about = read_json(manifest_of(path))
+    if not isinstance(about, dict):
+        return False
+    files = {path / name: facts for name, facts in about["files"].items()} if path.is_dir() else {path: about}
+    return all(file.is_file() and file.stat().st_size == facts.get("bytes") for file, facts in files.items())
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep(folder: Path) -> list[Path]:
+    """Remove what killed processes left half written below a folder; returns what it was."""
+    found = sorted(folder.rglob(f".*{WRITING}")) if folder.is_dir() else []
+    litter = [path for path in found if not _lives(path.name.removesuffix(WRITING).rpartition(".")[2])]
+    for path in litter:
+        remove(path)
+    return litter
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        pass
+    return int(process) != os.getpid()
+
+
 def write_json(path: Path, value: Any) -> Path:
-    return replace_with(path, lambda p: p.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+    return write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> Path:
-    return replace_with(path, lambda p: p.write_text(text, encoding="utf-8"))
+    return write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> Path:
+    return commit(path, lambda p: p.write_bytes(data))
 
 
 def read_json(path: Path) -> Any:
@@ -53,6 +194,11 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+
+
+def unreadable(path: Path) -> bool:
+    """Whether a file is there and is no JSON."""
+    return path.exists() and read_json(path) is None
 
 
 @contextmanager

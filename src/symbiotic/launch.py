@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import errno
 import itertools
+import math
 import os
 import re
+import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,10 +22,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from symbiotic.checks.paths import check_paths
 from symbiotic.claim import claimed
-from symbiotic.config import CONF, Composer, load
+from symbiotic.config import CONF, Composer, load, spelled_out
 from symbiotic.hints import explain
+from symbiotic.ranks import planned, started
+from symbiotic.redact import redacted_text
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
+from symbiotic.stop import WARNINGS, Stopped, at_once, handled
 from symbiotic.studies.member import run_member
 
 WRONG_CONFIG, FAILED, INTERRUPTED = 2, 1, 130
@@ -61,27 +68,47 @@ def job(cfg: DictConfig) -> float:
         raw = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(raw, dict)
         config = load(raw, dict(hydra.runtime.choices), task)  # type: ignore[arg-type]
-        return run_member(config, run_arc) if (config.study or {}).get("member") else run_arc(config)
+        with handled(at_once):  # a launcher's process has handlers of its own
+            return run_member(config, run_arc) if (config.study or {}).get("member") else run_arc(config)
+    except Stopped as stopped:
+        if "submitit" not in str(hydra.launcher._target_):
+            raise
+        say(f"{stopped}; the job goes on from the newest checkpoint when it is queued again")
+        queue_again(stopped)
+        sys.exit(stopped.status)
     except Exception as error:
         line = one_line(error)
         if line is None:
             raise
         member = f" ({' '.join(task)})" if str(hydra.mode).endswith("MULTIRUN") else ""
-        print(f"error: {line}{member}", file=sys.stderr, flush=True)
+        if line:
+            print(redacted_text(f"error: {line}{member}"), file=sys.stderr, flush=True)
         _FAILURES.append(Failure(status=status_of(error)))
         return _FAILURES[-1]
+
+
+def queue_again(stopped: Stopped) -> None:
+    """Of a SLURM job that was warned of its end; one that is preempted, or queued again by hand, comes back anyway."""
+    ranks, job_id = started(), os.environ.get("SLURM_JOB_ID")
+    if job_id and stopped.status - 128 in WARNINGS and (ranks is None or ranks.rank == 0):
+        subprocess.run(["scontrol", "requeue", job_id], check=False, timeout=60)
 
 
 def run_arc(config: Config) -> float:
     # Before torch loads OpenMP: its threads spin at every barrier by default, and with the judges of images in a second
     # process on two cores a step then takes ten times as long. 10,000 turns cost nothing when the cores are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    folder = Path(config.run_dir)
-    with nullcontext() if config.dry_run else claimed(folder, "train there"):
+    folder, ranks = Path(config.run_dir), started()
+    mine = ranks is None or ranks.rank == 0  # the others come when it has begun
+    if config.dry_run and not mine:
+        return math.nan
+    with claimed(folder, "train there") if mine and not config.dry_run else nullcontext():
         from symbiotic.arc import run
+        from symbiotic.team import joined
 
         try:
-            return float(run(config))
+            with joined(None if config.dry_run else ranks, str(config.trainer.get("accelerator", "cpu"))):
+                return float(run(config))
         finally:
             if config.dry_run:
                 _remove_empty(folder)
@@ -105,7 +132,12 @@ def status_of(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str | None:
-    """The line for a failure that one line explains; None for a bug, which deserves its traceback."""
+    """The line for a failure that one line explains, empty where another process has printed it; None for a bug, which
+    deserves its traceback."""
+    if type(error).__name__ == "Elsewhere":
+        return ""
+    if isinstance(error, RuntimeError) and re.search(r"onnection (closed|reset) by (remote )?peer", str(error)):
+        return "another process of this run ended; the same command goes on from the newest checkpoint"
     if isinstance(error, (ConfigError, RunError)) or type(error).__name__ in _EXPECTED:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -167,6 +199,7 @@ def check_members(composer: Composer, master: DictConfig, overrides: Sequence[st
         label = f"member {i + 1} of {len(listed)}: {' '.join(member)}"
         try:
             config = composer.config([*master.hydra.overrides.hydra, *member])
+            check_paths(config)
         except ConfigError as error:
             raise ConfigError(f"{error} ({label})") from error
         if config.run_dir in configs:
@@ -185,7 +218,7 @@ def launch(args: argparse.Namespace) -> int:
     from hydra import initialize_config_dir
 
     conf = Path(args.config_path).absolute() if args.config_path else CONF
-    overrides = list(args.overrides)
+    overrides = spelled_out(args.overrides)
     if args.config_dir:
         overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).absolute()}']")
     with initialize_config_dir(str(conf), version_base="1.3", job_name="train"):
@@ -193,7 +226,7 @@ def launch(args: argparse.Namespace) -> int:
             composer = Composer(args.config_name or "train")
             start = prepare(composer, overrides, args.multirun)
         except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {error}")
             return WRONG_CONFIG
         return start()
 
@@ -205,6 +238,12 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
         ConfigError: one of the runs is wrong.
     """
     master = composer.composed(overrides, multirun=True)
+    ranks = started()
+    if ranks is not None and (multirun or isinstance(master.get("study"), DictConfig)):
+        many = "-m" if multirun else f"study={master.study.name}"
+        raise ConfigError(
+            f"{many}: {ranks.by} started {ranks.size} processes, which is for one run; start several by themselves"
+        )
     if isinstance(master.get("study"), DictConfig):
         from symbiotic.studies import study_command
 
@@ -214,20 +253,31 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
     return lambda: interruptible(lambda: _run(composer, overrides, multirun))
 
 
+def say(line: str) -> None:
+    """On stderr; what every process of a run would say, the first one says."""
+    ranks = started()
+    if ranks is None or ranks.rank == 0:
+        print(line, file=sys.stderr, flush=True)
+
+
 def interruptible(act: Callable[[], int]) -> int:
     try:
-        return act()
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
-        return INTERRUPTED
+        with handled(at_once):
+            return act()
+    except KeyboardInterrupt as error:
+        say(f"{error or 'interrupted'}; the same command goes on from the newest checkpoint")
+        return error.status if isinstance(error, Stopped) else INTERRUPTED
 
 
 def prepare_runs(composer: Composer, master: DictConfig, overrides: list[str], multirun: bool) -> bool:
     """Validate the runs that are no study's; returns whether they are several (`-m`, or the config's mode)."""
     if multirun or str(master.hydra.mode).endswith("MULTIRUN"):
-        check_members(composer, master, overrides)
+        launcher = master.hydra.launcher
+        nodes = int(launcher.get("nodes") or 1)
+        with planned(nodes * int(launcher.get("tasks_per_node") or 1), nodes):
+            check_members(composer, master, overrides)
         return True
-    composer.config(overrides)
+    check_paths(composer.config(overrides))
     return False
 
 
@@ -250,6 +300,7 @@ def _failures(returned: Any) -> Iterable[Failure]:
 
 def main() -> None:
     """The command line of `src/train.py`; ends the process."""
+    sys.excepthook = lambda *raised: print(redacted_text("".join(traceback.format_exception(*raised))), file=sys.stderr)
     from hydra._internal.utils import get_args_parser
 
     args, unknown = get_args_parser().parse_known_args()

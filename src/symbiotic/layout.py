@@ -104,6 +104,16 @@ def experts_seen(model: Model, system: System) -> dict[str, int]:
     return {kind: sum(sizes[pool] for pool in pools) for kind, pools in visible_pools(system).items()}
 
 
+def opened(system: System) -> System | None:
+    """The system with every expert open to every kind, as in the parent; None where that is not defined: an expert
+    that several routers score, experts that were merged, gates or mixes of the system's own."""
+    pools = router_pools(system)
+    scored_twice = len(set(pools.values())) < len(pools)
+    if scored_twice or system.merge > 1 or system.top_k or system.gate != "router" or mixes(system):
+        return None
+    return replace(system, visible=dict.fromkeys(KINDS, tuple(pools)) if pools else {}, task_router=False)
+
+
 def mixes(system: System) -> bool:
     """Whether routed and shared experts are mixed by a learned alpha: where a system has both, and a scale for it."""
     return system.alpha_scale is not None and bool(system.pools) and bool(shared_scopes(system))
@@ -217,7 +227,7 @@ def _block_names(model: Model, system: System, dense: bool) -> list[str]:
         names += [f"moe.pools.{pool}.{leaf}" for pool in system.pools for leaf in ("w_in", "w_out")]
         names += [f"moe.routers.{router}" for router in router_pools(system)]
     scopes = ["dense"] if dense else list(shared_scopes(system))
-    gate = ["gate"] if model.gated_shared else []
+    gate = ["gate"] if model.gated_shared and not dense else []
     names += [f"moe.shared.{scope}.{leaf}" for scope in scopes for leaf in ("w_in", "w_out", *gate)]
     return names + (
         [f"moe.task_router.{leaf}" for leaf in ("weight", "bias")] if system.task_router and not dense else []

@@ -11,19 +11,24 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
+from symbiotic.data.stream_plan import StreamLoader
 from symbiotic.layout import shield_kinds
 from symbiotic.models.batch import Batch
+from symbiotic.models.sharding import shard
 from symbiotic.models.unified import UnifiedModel, model_of
 from symbiotic.objectives.total import task_terms, term_weights, training_terms
 from symbiotic.schema import Config, Phase
 from symbiotic.training.phases import phase_at
 from symbiotic.training.roles import assign_roles, role_lr
+from symbiotic.training.sharded import clip, total_norm
 from symbiotic.training.surgery import TaskGradients, project_on_momentum
 
 MakeOptimizer = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-MakeLoader = Callable[[int, int, int], DataLoader]  # (rank, world size, first optimiser step) -> loader
+MakeLoader = Callable[[int, int, int], DataLoader | StreamLoader]  # (rank, world size, first optimiser step) -> loader
 
 
 class SymbioticModule(lightning.LightningModule):
@@ -56,6 +61,8 @@ class SymbioticModule(lightning.LightningModule):
         self.register_buffer("by_truth", torch.zeros((), dtype=torch.bool), persistent=False)
         self.transitions: dict[int, int] = {}  # phases that a condition ended (see `training.phases`)
         self.tasks: TaskGradients | None = None  # where the gradients of the tasks are combined (`config.surgery`)
+        self.guard: Callable[[Tensor], bool] | None = None  # whether a step with this gradient norm may be taken
+        self.skipped = False  # whether the last one was not
         self.balance_scale = 1.0  # factor on the balance weight and the bias rate; an alarm raises it
 
     def phase(self, step: int) -> Phase:
@@ -78,10 +85,16 @@ class SymbioticModule(lightning.LightningModule):
                 torch._functorch.config.donated_buffer = False
             for block in self.model.blocks:
                 block.compile(backend=self.config.compile)
+        if self.device_mesh is not None:  # of a strategy that shards
+            shard(self.model, self.device_mesh)
+            self.start_state = None  # every rank had all of it
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """The loss of one micro-batch, its terms, and the routing."""
         phase = self.phase(self.global_step)
+        if isinstance(self.model, FSDPModule):  # gradients go between the ranks once a step, not once a micro-batch
+            accumulated = self.trainer.accumulate_grad_batches
+            self.model.set_requires_gradient_sync((batch_idx + 1) % accumulated == 0)
         self.by_truth.fill_(phase.route_by == "truth")  # in place, so that no compiled block is compiled again
         out, terms = training_terms(self.model, batch, self.config.objective, self.shield, self.by_truth)
         weights = term_weights(self.config.objective, phase.balance)
@@ -98,25 +111,39 @@ class SymbioticModule(lightning.LightningModule):
         }
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One parameter group a role, in the order of the config.
+        """One parameter group a role (and mesh, where parameters are sharded), in the order of the config.
 
         Raises:
             ConfigError: a parameter without a role, or with two.
         """
-        rates = self.config.rates
-        parameters = dict(self.model.named_parameters())
-        roles = assign_roles(parameters, rates.roles)
-        groups: dict[str, list[nn.Parameter]] = {}
-        for name, parameter in parameters.items():
-            groups.setdefault(roles[name], []).append(parameter)
-        ordered = [role for role in rates.roles if role in groups]
+        rates, parameters = self.config.rates, dict(self.model.named_parameters())
+        groups = {role: [parameters[name] for name in names] for role, names in self.by_role().items()}
         surgery = self.config.surgery
         if surgery.method not in ("none", "maop"):
-            treated = [role for role in ordered if role in surgery.roles or not surgery.roles]
+            treated = [role for role in groups if role in surgery.roles or not surgery.roles]
             self.tasks = TaskGradients(surgery, [p for role in treated for p in groups[role]])
         return self.make_optimizer(
-            [{"params": groups[r], "role": r, "lr": role_lr(r, rates.lr, rates.by_role)} for r in ordered]
+            [
+                {"params": part, "role": role, "lr": role_lr(role, rates.lr, rates.by_role)}
+                for role, group in groups.items()
+                for part in by_mesh(group)
+            ]
         )
+
+    def by_role(self) -> dict[str, list[str]]:
+        """Role -> the names of its parameters, in the order of the config and of the model.
+
+        Raises:
+            ConfigError: a parameter without a role, or with two.
+        """
+        names = [name for name, _ in self.model.named_parameters()]
+        roles = assign_roles(names, self.config.rates.roles)
+        listed = {role: [name for name in names if roles[name] == role] for role in self.config.rates.roles}
+        return {role: mine for role, mine in listed.items() if mine}
+
+    def names(self) -> dict[Tensor, str]:
+        """Parameter of the model -> its name, in the model's order."""
+        return {parameter: name for name, parameter in self.model.named_parameters()}
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """With surgery between the tasks, two more passes: the gradient of each task by itself."""
@@ -131,12 +158,19 @@ class SymbioticModule(lightning.LightningModule):
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> None:
         """Combine the tasks' gradients, clip, take out what opposes the momentum: each where the config says so.
 
-        The global norm is clipped here, as Lightning's own clipping refuses fused optimisers under mixed precision.
+        The global norm is clipped here, as Lightning's own clipping refuses fused optimisers under mixed precision; and
+        it is what the guard looks at. Without gradients an optimiser's step changes nothing at all.
         """
         if self.tasks is not None:
             self.tasks.combine()
+        given = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = total_norm(given)
+        self.skipped = self.guard is not None and not self.guard(norm)
+        if self.skipped:
+            optimizer.zero_grad(set_to_none=True)
+            return
         if self.config.rates.clip > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.rates.clip)
+            clip(list(self.model.parameters()), self.config.rates.clip, norm)
         if self.config.surgery.method == "maop" and not self.shielding():
             project_on_momentum(optimizer, self.config.surgery.roles)
 
@@ -150,8 +184,26 @@ class SymbioticModule(lightning.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         progress = checkpoint.get("progress", {"transitions": {}, "balance_scale": 1.0})
         self.transitions, self.balance_scale = dict(progress["transitions"]), float(progress["balance_scale"])
+        count_batches(checkpoint, checkpoint["global_step"] * self.trainer.accumulate_grad_batches)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> DataLoader | StreamLoader:
         """Starts at the step that training is at, so that a resumed run reads on where it stopped."""
         trainer = self.trainer
         return self.make_loader(trainer.global_rank, trainer.world_size, trainer.global_step)
+
+
+def by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters on the same mesh together, as fused optimiser steps need them; one list where none is sharded."""
+    groups: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        groups.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+    return list(groups.values())
+
+
+def count_batches(checkpoint: dict[str, Any], done: int) -> None:
+    """Let Lightning's loop have seen `done` batches. It counts those of a rank: on another number of ranks they are
+    others at the same step, and accumulation would begin in the middle of a step and the epoch end early."""
+    counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for part in ("total", "current"):
+        more = done - counts[part]["ready"]
+        counts[part] = {name: count + more for name, count in counts[part].items()}

@@ -17,10 +17,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from symbiotic.files import PACKAGE, digest, locked, read_json, replace_with, source_hash, write_json, write_text
+from symbiotic.files import (
+    PACKAGE,
+    commit,
+    digest,
+    locked,
+    manifest_of,
+    read_json,
+    source_hash,
+    uncommitted,
+    write_bytes,
+    write_json,
+    write_text,
+)
 from symbiotic.schema import RunError
+from symbiotic.training.finite import not_finite
 
-__all__ = ["digest", "locked", "read_json", "replace_with", "source_hash", "write_json", "write_text"]
+__all__ = ["commit", "digest", "locked", "read_json", "source_hash", "write_bytes", "write_json", "write_text"]
 
 OUTSIDE = ("studies", "launch.py", "claim.py")
 """Sources that start runs and read finished ones: a better table, or another order of runs, changes no result."""
@@ -46,49 +59,49 @@ def versions() -> dict[str, str]:
 def provenance() -> dict[str, str]:
     """What a result needs to be comparable: code, commit, versions, machine kind (no host name)."""
     command = ["git", "-C", str(PACKAGE), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    described = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
     hydra = importlib.metadata.version("hydra-core")
-    made = {"code": run_code(), "commit": commit, "python": platform.python_version(), "hydra-core": hydra}
+    made = {"code": run_code(), "commit": described, "python": platform.python_version(), "hydra-core": hydra}
     return made | versions()
-
-
-def check_same_code(folder: Path, began: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """began, now: provenance of the process that began a run, and of the one that is to go on with it.
-
-    Raises:
-        RunError: other code or versions: the run would be of neither.
-    """
-    apart = [key for key in ("code", *VERSIONS) if began.get(key) != now[key]]
-    if apart:
-        was, this = (", ".join(f"{key} {made.get(key)}" for key in (*apart, "commit")) for made in (began, now))
-        right = "remove the folder to run it anew, or go back to that commit and these versions"
-        raise RunError(f"{folder}: this run was begun by {was}; this is {this}: {right}")
 
 
 def save_state(path: Path, state: Mapping[str, Tensor], **metadata: str) -> Path:
     """Parameters as safetensors.
 
     Raises:
-        RunError: the file could not be written, for one because the disk is full.
+        RunError: the file could not be written, for one because the disk is full, or a parameter is not finite.
     """
+    if lost := not_finite(state):
+        raise RunError(f"{path}: not written: {lost} is not finite")
     plain = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    size = sum(value.nbytes for value in plain.values())
     try:
-        return replace_with(path, lambda p: save_file(plain, p, metadata=metadata))
-    except SafetensorError as error:
-        raise RunError(f"{path}: not written: {str(error).splitlines()[0]}") from error
+        return commit(path, lambda p: save_file(plain, p, metadata=metadata), need=size, manifest=metadata)
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(f"{path}: not written: {reason}") from error
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
     """Parameters from safetensors, or from the checkpoint of a run (`checkpoints/step=….ckpt`).
 
+    Every byte is checked where the file's manifest lies beside it (neither format finds a flipped bit by itself).
+
     Raises:
         RunError: no such file, or one that is neither.
     """
-    if not path.is_file():
+    if not path.exists():
         raise RunError(f"{path}: no such checkpoint; a parent is a .safetensors or .ckpt file of an earlier run")
+    damage = uncommitted(path) if manifest_of(path).is_file() else None
+    if damage is not None:
+        raise RunError(f"{path}: damaged ({damage})")
     try:
         if path.suffix == ".ckpt":
-            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+            from symbiotic.callbacks.sharded_checkpoint import load  # Lightning, by its package: seconds
+
+            state = (load(path) if path.is_dir() else torch.load(path, map_location="cpu", weights_only=True))[
+                "state_dict"
+            ]
             return {name.removeprefix("model."): value for name, value in state.items()}
         return load_file(path)
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
@@ -106,11 +119,11 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 class Journal:
     """Says what each step of the arc does, how long it took the last time, how long it took now, where its files are.
 
-    times: seconds by step, kept in `path` over all runs on this machine.
+    times: seconds by step, kept in `path` over all runs on this machine, where it `keeps` them.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.seconds = path, dict[str, float]()
+    def __init__(self, path: Path, keeps: bool = True) -> None:
+        self.path, self.keeps, self.seconds = path, keeps, dict[str, float]()
 
     @contextmanager
     def step(self, name: str, key: str, what: str, where: Path) -> Iterator[None]:
@@ -121,5 +134,6 @@ class Journal:
         start = time.perf_counter()
         yield
         self.seconds[name] = time.perf_counter() - start
-        write_json(self.path, (read_json(self.path) or {}) | {f"{name}/{key}": round(self.seconds[name], 1)})
+        if self.keeps:
+            write_json(self.path, (read_json(self.path) or {}) | {f"{name}/{key}": round(self.seconds[name], 1)})
         print(f"   done in {self.seconds[name]:.1f} s", flush=True)

@@ -37,6 +37,10 @@ ALARM_ACTIONS = ("warn", "rebalance", "revive", "stop")
 """What a collapse alarm may do."""
 
 
+FINITE_POLICIES = ("stop", "skip")
+"""What a step that is not finite leads to."""
+
+
 class ConfigError(ValueError):
     """A config that cannot be run. The message is one line: key, value, what would be right."""
 
@@ -84,11 +88,11 @@ class Model:
     vocab_size: int
     num_experts: int  # routed experts per layer, over all pools
     expert_hidden: int
-    shared_hidden: int  # hidden width of each shared expert
+    shared_hidden: int  # hidden width of each shared expert (0: a pretrained model without any)
     attention: Attention
     router: Router
     gen_fraction: float = 0.25  # share of the routed experts in the generation pool (paper: 3:1)
-    gated_shared: bool = False  # sigmoid gate on the shared expert (Qwen1.5-MoE)
+    gated_shared: bool = False  # sigmoid gate on the shared expert (Qwen1.5-MoE); dense layers have none
     dense_layers: tuple[int, ...] = ()  # layers with a dense FFN in place of the experts (DeepSeek: the first)
     dense_hidden: int = 0
     norm_eps: float = 1e-6
@@ -96,6 +100,7 @@ class Model:
     patch_dim: int = 48  # numbers in one image patch, read or generated (4 x 4 pixels x 3 channels)
     max_grid: int = 16  # largest image side in patches
     init_std: float = 0.02
+    vit_dim: int | None = None  # numbers in one vector of an image that is read (null: patch_dim)
 
 
 # --------------------------------------------------------------------------- the system: layout as data
@@ -352,9 +357,12 @@ class Stage0:
 
 @dataclass(frozen=True)
 class Init:
-    """Where joint training starts: a stage-0 parent trained (or cached) by this config, or a checkpoint of one.
+    """Where joint training starts: a stage-0 parent trained (or cached) by this config, a checkpoint of one, or a
+    pretrained model.
 
-    assignment: which experts go to which pool. router: columns sliced from the parent's, or drawn anew.
+    folder: that of a Hugging Face mixture-of-experts checkpoint (`symbiotic.convert.families`).
+    assignment: which experts go to which pool; `file`: as `assignment_file` says, the receipt of a run or a list of
+    pools by layer (`symbiotic.convert.assignment`). router: columns sliced from the parent's, or drawn anew.
     gen_experts: experts of pools that only latents see keep the parent's weights, or are drawn anew.
     parent_shared: whether the parent has a shared expert (null: if the system has one); true for a system without
     removes it after stage 0.
@@ -362,11 +370,13 @@ class Init:
 
     stage0: Stage0 | None = None
     checkpoint: str | None = None
-    assignment: Literal["profiled", "random", "contiguous"] = "profiled"
+    folder: str | None = None
+    assignment: Literal["profiled", "random", "contiguous", "file"] = "profiled"
     router: Literal["sliced", "fresh"] = "sliced"
     gen_experts: Literal["inherited", "random"] = "inherited"
     parent_shared: bool | None = None
     profile_micro_batches: int = 4
+    assignment_file: str | None = None
 
 
 @dataclass(frozen=True)
@@ -385,6 +395,9 @@ class Data:
     micro_batches: int = 1
     num_workers: int = 0
     repeat_steps: int = 0  # train on the first n steps' micro-batches over and over, to see a loss go to 0 (0: never)
+    encoded: tuple[str, ...] = ()  # folders of vectors of the images, by src/encode_shards.py, in the place of pixels
+    autoencoder: dict[str, Any] | None = None  # `_target_` of what made those of generated images: it draws them
+    vision: dict[str, Any] | None = None  # `_target_` of what made those of images that are read: for benchmarks
 
 
 @dataclass(frozen=True)
@@ -441,8 +454,9 @@ class Config:
     probe_samples: int = 16  # samples of the fixed batch that drift and conflicts are measured on
     ablation: Any = None
     study: Any = None  # of which the run is a member; see `symbiotic.studies.study`
-    metric: str = "knowledge_unreplayed"  # what train.py returns to a sweeper
+    metric: str | None = "knowledge_unreplayed"  # what train.py returns to a sweeper; null: nothing
     parent_only: bool = False  # end when the corpus and the parent are there
+    allow_changes: tuple[str, ...] = ()  # keys in which a run that goes on may differ from how it began; on record
 
 
 # --------------------------------------------------------------------------- evaluation of finished runs
@@ -512,7 +526,7 @@ def parse(cls: type[T], value: Any, key: str = "") -> T:
 def _convert(hint: Any, value: Any, key: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        return value
+        return _filled(value, key)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return _dataclass(hint, value, key)
     if origin in (typing.Union, types.UnionType):
@@ -532,6 +546,17 @@ def _convert(hint: Any, value: Any, key: str) -> Any:
             raise ConfigError(f"{key}={value!r}: must be a list")
         return tuple(_convert(args[0], v, f"{key}[{i}]") for i, v in enumerate(value))
     return _scalar(hint, value, key)
+
+
+def _filled(value: Any, key: str) -> Any:
+    """A plain value as it is, if nothing in it was left open."""
+    if isinstance(value, Mapping):
+        return {name: _filled(child, f"{key}.{name}") for name, child in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_filled(child, f"{key}[{i}]") for i, child in enumerate(value)]
+    if value == "???":
+        raise ConfigError(f"{key}: missing; it has no default")
+    return value
 
 
 def _scalar(hint: type, value: Any, key: str) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from symbiotic.config import instantiate
+from symbiotic.config import instantiate, read_yaml
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.captions import image_size
 from symbiotic.images.store import load_image_tokenizer
@@ -26,6 +26,8 @@ AGAIN = "the run's own command writes it again"
 TOKENIZER, IMAGE_TOKENIZER = "tokenizer.json", "image_tokenizer.safetensors"
 FINAL, EMA, INITIAL, PARENT_FILE = "model.safetensors", "ema.safetensors", "init.safetensors", "parent.safetensors"
 LORA = "lora.safetensors"
+PRETRAINED = "pretrained.json"  # where a run that started from a Hugging Face checkpoint has its parameters from
+PRETRAINED_TOKENS = "pretrained_tokenizer"  # folder of that checkpoint's tokenizer, where its tokens are the run's
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,10 @@ def open_run(
         raise RunError(f"{words.parent}: {what}")
     if config.objective.name == "autoregressive":
         tokenizer.images = load_image_tokenizer(folder / IMAGE_TOKENIZER)
+    if config.data.autoencoder is not None:
+        tokenizer.autoencoder = instantiate(config.data.autoencoder, "data.autoencoder")
+    if config.data.vision is not None:
+        tokenizer.vision = instantiate(config.data.vision, "data.vision")
     model = load_model(config, weights, device)
     return Trained(folder, config, weights, step_of_weights(weights, config), corpus, tokenizer, model)
 
@@ -99,7 +105,7 @@ def read_config(run: Path) -> Config:
     """Raises RunError: not readable, or of other code."""
     path = run / "config.yaml"
     try:
-        return parse(Config, yaml.safe_load(path.read_text(encoding="utf-8")))
+        return parse(Config, read_yaml(path))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ConfigError) as error:
         raise RunError(f"{path}: not the config of a run of this code ({' '.join(str(error).split())})") from error
 
@@ -120,7 +126,7 @@ def weights_file(run: Path, checkpoint: str | None = None, step: int | None = No
         raise RunError(f"{run / EMA}: no such file; only a finished run with callbacks.ema has averaged weights")
     if checkpoint is not None or step == 0:
         path = Path(checkpoint) if checkpoint is not None else run / INITIAL
-        if path.is_file():
+        if path.exists():
             return path
         raise RunError(f"{path}: no such file; {AGAIN}" if step == 0 else f"{path}: no such checkpoint")
     ended = next((run / name for name in (FINAL, PARENT_FILE) if (run / name).is_file()), None)
@@ -131,7 +137,7 @@ def weights_file(run: Path, checkpoint: str | None = None, step: int | None = No
     folder = run / "checkpoints"
     if step is not None:
         path = checkpoint_path(folder, step)
-        if path.is_file():
+        if path.exists():
             return path
         kept = ", ".join(str(step_of(found)) for found in checkpoints(folder)) or "none"
         raise RunError(f"{path}: no such checkpoint; steps that were kept: {kept}, and 0")

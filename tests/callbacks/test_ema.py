@@ -208,7 +208,7 @@ def test_what_must_be_set_before_the_fit(fit: Any) -> None:
     ("override", "message"),
     [
         ("callbacks.ema.decay=1", r"callbacks\.ema\.decay=1: must be at least 0 and below 1"),
-        ("callbacks.ema.decay=soon", r"callbacks\.ema\.decay=soon: must be"),
+        ("callbacks.ema.decay=soon", r"callbacks\.ema\.decay='soon': must be"),
         ("callbacks.ema.every=-1", r"callbacks\.ema\.every=-1: must be a whole number"),
         ("callbacks.ema.dekay=1", r"did you mean 'callbacks\.ema\.decay'"),
     ],

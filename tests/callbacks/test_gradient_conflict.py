@@ -13,8 +13,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import Callback
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from factory import load_system, random_batch, tiny_model
 from isolated import in_a_process
@@ -230,18 +228,6 @@ def test_mixed_precision(fit: Any, memory: Any, monkeypatch: pytest.MonkeyPatch)
 
 
 @in_a_process
-def test_sharded_parameters_are_refused(fit: Any) -> None:
-    mesh = init_device_mesh("cpu", (1,))
-
-    class Shard(Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            embed = pl_module.model.embed
-            embed.weight = nn.Parameter(distribute_tensor(embed.weight.detach(), mesh, [Replicate()]))
-
-    with pytest.raises(ConfigError, match=r"^callbacks\.gradient_conflict: .* sharded; set .*=null$"):
-        fit(parts(Shard(), monitor()), steps=1)
-
-
 def test_wrong_settings_are_refused(fit: Any) -> None:
     with pytest.raises(ConfigError, match=r"callbacks\.gradient_conflict\.every=0: must be at least 1"):
         GradientConflict(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from crash import every_line
 from factory import random_batch
 from symbiotic.callbacks.checkpoint import StepCheckpoint, newest_valid
 from symbiotic.callbacks.csv_log import CSVLog, last_values, read_rows
@@ -151,6 +153,34 @@ def test_csv_forgets_a_row_that_a_kill_cut_off(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-3])
     CSVLog(str(tmp_path)).log_metrics({"a": 2, "b": 20}, step=2)
     assert [row["b"] for row in table(path)] == ["10", "20"]
+
+
+def test_csv_loses_no_row_wherever_a_kill_comes(tmp_path: Path) -> None:
+    """A process takes the table over, adds a row, a column, and to a row, and is killed before each of its lines in
+    turn: the rows from before are there, and what a call of it came back from."""
+    before, path, told = tmp_path / "before", tmp_path / "metrics.csv", tmp_path / "told"
+    CSVLog(str(before)).log_metrics({"a": 1.0, "b": 123456.0}, step=1)
+    CSVLog(str(before)).log_metrics({"a": 2.0}, step=2)
+
+    def reset() -> None:
+        shutil.copy(before / "metrics.csv", path)
+        told.write_text("")
+
+    def work() -> None:
+        log = CSVLog(str(tmp_path))
+        for step, metrics in ((2, {"b": 7.0}), (3, {"a": 3.0, "c": 123.0}), (3, {"c": 4.0})):
+            log.log_metrics(metrics, step)
+            told.write_text(f"{step}")
+
+    count = 0
+    for point in every_line(work, ("commit", "log_metrics", "_open", "_rewrite", "write", "_append"), reset):
+        rows, count = read_rows(path), count + 1
+        steps = [int(row["step"]) for row in rows]
+        assert steps in ([1, 2], [1, 2, 3]), point
+        assert steps[-1] >= int(told.read_text() or 0), point
+        assert (rows[0]["a"], rows[0]["b"], rows[1]["a"]) == ("1", "123456", "2"), point
+    assert count > 50
+    assert table(path)[-1] == {"step": "3", "a": "3", "b": "", "c": "4"}
 
 
 def test_tensorboard_gets_every_metric(fit: Any, memory: Any) -> None:

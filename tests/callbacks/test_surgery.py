@@ -211,7 +211,9 @@ def test_frozen_roles_stay_frozen_and_take_no_part(fit: Any, method: Any) -> Non
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # inside torch.compile
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", ["upgrad", *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != "upgrad")]
+)
 def test_recomputed_and_compiled_blocks_change_nothing(fit: Any, method: Any) -> None:
     options = {"steps": 3, "phases": [Phase("joint", 3)], "surgery": Surgery(method)}
     _, plain = fit([], **options)

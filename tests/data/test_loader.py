@@ -138,10 +138,14 @@ def test_the_cache_is_bounded(corpus: Path, index: ShardIndex, data: Data) -> No
     assert 0 < sum(sample.nbytes for sample in dataset._cache.values()) <= 50_000
 
 
-def test_samples_can_be_named(dataset: MicroBatches) -> None:
-    names = dataset.names(3)
-    assert len(names) == 20
-    assert sum(name.startswith("lm-0000") for name in names) == 4
+def test_the_samples_of_an_item_can_be_had_by_name_one_by_one(dataset: MicroBatches) -> None:
+    whole, parts = dataset[3], dict(dataset.alone(3))
+    assert len(parts) == 20
+    assert sum(name.startswith("lm-0000") for name in parts) == 4
+    noises = torch.cat([part.noise for part in parts.values()])
+    assert sorted(noises.flatten().tolist()) == sorted(whole.noise.flatten().tolist())
+    assert sum(int((part.target >= 0).sum()) for part in parts.values()) == int((whole.target >= 0).sum())
+    assert all(torch.equal(part.ce_norm, whole.ce_norm) for part in parts.values())
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -18,6 +18,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from symbiotic.data.account import Account
+from symbiotic.data.checks import Checks
 from symbiotic.data.shards import DataError, ShardIndex, ShardReader, write_shards
 from symbiotic.data.tokenizer import Tokenizer
 
@@ -177,3 +179,12 @@ def test_a_reader_crosses_process_borders(corpus: Path, index: ShardIndex) -> No
     reader = ShardReader(corpus / "shards", index)
     first = reader.read(0)[0]
     assert pickle.loads(pickle.dumps(reader)).read(0)[0] == first
+
+
+def test_the_strict_index_of_our_own_shards_is_that_of_a_scan(
+    corpus: Path, index: ShardIndex, tokenizer: Tokenizer
+) -> None:
+    shards = [str(shard) for shard in index.shards]
+    scanned = ShardIndex.scan(corpus / "shards", shards, Checks(tokenizer), Account(shards, max_bad=0.0))
+    for name, value in vars(index).items():
+        assert np.array_equal(getattr(scanned, name), value), name

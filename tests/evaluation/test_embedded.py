@@ -25,6 +25,7 @@ from symbiotic.evaluation.ocrbench import read_ocrbench
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import Scorers
 from symbiotic.models.batch import TEXT, VIT, Batch
+from symbiotic.models.cache import KVCache
 from symbiotic.models.unified import Output
 from symbiotic.schema import Evaluation, Objective, Sampler
 
@@ -67,19 +68,24 @@ class Oracle(nn.Module):
             words = [1, *tokenizer.encode(caption.caption), 5]
             self.images[tuple(words)] = torch.from_numpy(patch_pixels(picture, 4)[0])
 
-    def forward(self, batch: Batch, *, logits_at: Tensor) -> Output:
-        first, tokens = 0, []
-        data = []
-        for row in range(len(batch.tokens)):
+    def forward(self, batch: Batch, *, logits_at: Tensor, cache: KVCache | None = None) -> Output:
+        first, tokens, data = 0, [], []
+        before = self.seen if cache is not None and cache.seen_BS is not None else [(b"", ())] * len(batch.tokens)
+        seen = []
+        for row, (image, words) in enumerate(before):
             valid = batch.segment[row] >= 0
-            words = tuple(batch.tokens[row][valid & (batch.kind[row] <= TEXT + 1)].tolist())
+            words = (*words, *batch.tokens[row][valid & (batch.kind[row] <= TEXT + 1)].tolist())
             patches = int((batch.kind[row] == VIT).sum())
-            image = batch.vit_patches[first : first + patches].numpy().tobytes()
+            image += batch.vit_patches[first : first + patches].numpy().tobytes()
             first += patches
-            if logits_at.any():
+            seen.append((image, words))
+            if logits_at[row].any():
                 tokens.append(self.answers[image, words])
-            else:
+            elif len(batch.latents):
                 data.append(self.images[words])
+        if cache is not None and not cache.fixed:
+            self.seen = seen
+            cache.keep(batch)
         logits = F.one_hot(torch.tensor(tokens, dtype=torch.long), VOCABULARY).float()
         clean = torch.cat(data) if data else batch.latents
         answer = clean if self.prediction == "x" else (batch.latents - clean) / batch.time[:, None].clamp(min=1e-6)
@@ -204,8 +210,8 @@ def test_a_long_caption_pads_no_others(corpus: Path) -> None:
     short = "red 7 on black bar top"
     captions = [short, " ".join(["red"] * 2500), short, short]
     drawn = pictures(model, captions, tokenizer, Objective(sampler=Sampler(steps=1)), numbers=[0, 1, 2, 0])
-    assert [rows for rows, _ in shapes] == [6, 2]  # each with its unguided row
-    assert shapes[0][1] < 100 < 2500 < shapes[1][1]
+    assert [rows for rows, _ in shapes] == [6, 6, 2, 2]  # each with its unguided row: the prompts, and one step
+    assert shapes[0][1] < 100 < 2500 < shapes[2][1]
     assert (drawn[0] == drawn[3]).all()
     assert (drawn[0] != drawn[2]).any()
 

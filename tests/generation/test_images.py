@@ -13,6 +13,7 @@ from factory import build
 from symbiotic.data.packing import GenImage, Text, build_sample, collate
 from symbiotic.generation.images import euler_times, sample_latents, start_noise, to_pixels
 from symbiotic.models.batch import Batch
+from symbiotic.models.cache import KVCache
 from symbiotic.models.embeddings import patchify
 from symbiotic.models.unified import Output
 from symbiotic.schema import Sampler
@@ -35,8 +36,12 @@ class Oracle(nn.Module):
         super().__init__()
         self.data, self.prediction, self.times = data, prediction, list[float]()
 
-    def forward(self, batch: Batch, *, logits_at: Tensor) -> Output:
+    def forward(self, batch: Batch, *, logits_at: Tensor, cache: KVCache) -> Output:
         assert not logits_at.any(), "sampling needs no logits"
+        if not cache.fixed:  # the prompts, once
+            assert not self.times
+            assert not len(batch.latents)
+            return Output(torch.zeros(0, 8), batch.latents, batch.ce_norm, batch.ce_norm, None)  # type: ignore[arg-type]
         assert torch.equal(batch.latents, batch.noise)
         self.times.append(batch.time[0].item())
         time = batch.time[:, None]
@@ -108,6 +113,18 @@ def test_guidance_one_equals_the_captioned_rows_alone() -> None:
     short = sample_latents(model, captions(2, False), noise, Sampler(3, 1.0))
     full = sample_latents(model, captions(2, True), noise, Sampler(3, 1.0 + 1e-6))
     torch.testing.assert_close(short, full, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("system", ["symbiotic", "bagel"])
+def test_prompts_that_are_kept_change_no_image(system: str) -> None:
+    """One Euler step of velocity: the noise minus what the whole sequence says in one forward."""
+    model, batch = build(system).eval(), captions(3, True)
+    noise = start_noise(1, [0, 1, 2], LATENTS, PATCH)
+    made = sample_latents(model, batch, noise, Sampler(1, 2.0), "velocity")
+    x = noise.reshape(-1, PATCH).repeat(2, 1)
+    whole = dataclasses.replace(batch, latents=x, time=torch.ones(len(x)))
+    caption, free = model(whole).prediction.chunk(2)
+    torch.testing.assert_close(made.view(-1, PATCH), x.chunk(2)[0] - (2 * caption - free), atol=1e-4, rtol=1e-4)
 
 
 def test_a_batch_without_the_free_rows_is_refused() -> None:

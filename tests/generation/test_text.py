@@ -11,6 +11,7 @@ from factory import VOCABULARY, build, samples
 from symbiotic.data.packing import ReadImage, Sample, Text, build_sample, collate
 from symbiotic.generation.text import greedy, last_logits
 from symbiotic.models.batch import Batch
+from symbiotic.models.cache import KVCache
 from symbiotic.models.unified import Output
 
 NEVER = -1
@@ -28,7 +29,7 @@ def prompt(*tokens: int) -> Sample:
 class Successor(nn.Module):
     """Says that the next token is the last one plus one; refuses to be asked at padding."""
 
-    def forward(self, batch: Batch, *, logits_at: torch.Tensor) -> Output:
+    def forward(self, batch: Batch, *, logits_at: torch.Tensor, cache: KVCache | None = None) -> Output:
         assert (batch.segment[logits_at] == 0).all()
         logits = F.one_hot(batch.tokens[logits_at] + 1, 100).float()
         none = torch.zeros(())

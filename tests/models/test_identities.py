@@ -12,8 +12,9 @@ from factory import SYSTEMS, build, level, load_system, random_batch, tiny_model
 from symbiotic.layout import router_of
 from symbiotic.models.balance import balance_loss
 from symbiotic.models.batch import VAE, Batch
-from symbiotic.models.moe import Experts, SharedExpert, swiglu
-from symbiotic.models.places import Places
+from symbiotic.models.fused import swiglu
+from symbiotic.models.moe import Experts, SharedExpert
+from symbiotic.models.places import Places, product
 from symbiotic.models.routing import RoutingStats, route
 from symbiotic.models.unified import Output, UnifiedModel
 from symbiotic.objectives.flow import flow_loss, noised
@@ -344,6 +345,24 @@ def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> 
     assigned = router_of(net.cfg, net.system).top_k * out.routing.tokens
     assert torch.equal(out.routing.counts.sum(-1), assigned.expand(len(out.routing.counts), 4))
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_under_autocast_experts_are_computed_like_a_matrix_product(scaled: bool) -> None:
+    x, w = torch.randn(10, 16, generator=torch.Generator().manual_seed(0)), torch.randn(2, 16, 8)
+    ends = torch.tensor([4, 10], dtype=torch.int32)
+    for leaf in (x, w):
+        leaf.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = product(x, w, torch.ones(10, 1) if scaled else None, ends)
+        by_hand = torch.cat([x[:4] @ w[0], x[4:] @ w[1]])
+    assert y.dtype == by_hand.dtype == torch.bfloat16
+    torch.testing.assert_close(y, by_hand)
+    found = torch.autograd.grad(y.float().square().sum(), (x, w))
+    torch.testing.assert_close(found, torch.autograd.grad(by_hand.float().square().sum(), (x, w)), rtol=2e-2, atol=0.5)
+    assert {g.dtype for g in found} == {torch.float32}
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # the kernel wants rows of a multiple of 16 bytes
+        assert product(x[:, :12], w[:, :12], None, ends).dtype == torch.float32
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -1,17 +1,19 @@
-"""The shield under DDP and FSDP2: two gloo processes give the gradients and the zeros of one."""
+"""The shield under DDP, FSDP2 and expert parallelism: two gloo processes give the gradients and the zeros of one."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,9 +33,11 @@ from shields import (
     weighed,
     with_norms,
 )
+from symbiotic.callbacks.sharded_checkpoint import load, save
+from symbiotic.files import uncommitted
 from symbiotic.models.batch import Batch
 from symbiotic.models.sharding import shard
-from symbiotic.schema import Router
+from symbiotic.schema import Lora, Router
 
 WORLD = 2
 MIXED = (("t2i", "mmu", "lm"), ("t2i",))  # tasks of each rank's micro-batches
@@ -80,7 +84,7 @@ def train(
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")  # dynamo hides it
         for block in model.blocks:
             block.compile(backend="aot_eager")
-    parallel = DistributedDataParallel(model) if strategy == "ddp" else shard(model, init_device_mesh("cpu", (WORLD,)))
+    parallel = DistributedDataParallel(model) if strategy == "ddp" else shard(model, mesh(strategy))
     steps = []
     for level, weights in PHASES:
         model.zero_grad()
@@ -93,6 +97,22 @@ def train(
         steps.append({name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()})
     assert "compile" not in options or counters["stats"]["unique_graphs"] > 0
     return steps
+
+
+def spread_parts(arguments: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """As `parts`, with low-rank updates, and one step that must reach all of them."""
+    model = shard(shielded(**arguments).adapt(Lora(rank=4, targets=("pools",)), 0), mesh("ep"))
+    batch = micro_batches(dist.get_rank(), MIXED, 1)[0]
+    weighed(model, forward(model, batch, torch.zeros(())), batch, WHOLE).backward()
+    assert all(p.grad is not None and p.grad.placements == p.placements for p in model.parameters())  # type: ignore[attr-defined]
+    return {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}  # type: ignore[attr-defined]
+
+
+def mesh(strategy: str) -> DeviceMesh:
+    """`ep`: the experts of every pool shared out, and everything else sharded."""
+    if strategy == "fsdp":
+        return init_device_mesh("cpu", (WORLD,))
+    return init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("data", "experts"))
 
 
 @contextlib.contextmanager
@@ -153,7 +173,14 @@ def test_a_rank_without_latents_and_one_without_words(ranks: Ranks, system: str,
 
 
 @strategies
-@pytest.mark.parametrize("options", [("recompute",), ("compile",), ("recompute", "compile")], ids="+".join)
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(("recompute",), id="recompute"),
+        pytest.param(("compile",), id="compile", marks=pytest.mark.slow),
+        pytest.param(("recompute", "compile"), id="recompute+compile"),
+    ],
+)
 def test_recomputed_and_compiled_blocks_on_two_ranks(ranks: Ranks, options: tuple[str, ...], strategy: str) -> None:
     shield, _, _ = check(ranks, strategy, {"mode": "output", "num_layers": 2}, MIXED, options)
     assert by_layer(shield)[-1] == 0.0
@@ -188,6 +215,81 @@ def test_every_parameter_is_sharded_along_its_first_dimension(ranks: Ranks) -> N
         assert sum(shape[0] for shape in shapes) == parameter.shape[0]
         assert all(shape[1:] == parameter.shape[1:] for shape in shapes)
     assert [part["blocks.0.moe.pools.gen.w_in"][0] for part in found] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "target", "options", "count"),
+    [
+        ("output", "shared", (), 2),
+        ("weights", "pools.und", ("recompute",), 1),
+        pytest.param("strict", "shared", (), 1, marks=pytest.mark.slow),
+        pytest.param("output", "shared", ("recompute", "compile"), 1, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_that_are_shared_out_have_the_gradients_of_one_process(
+    ranks: Ranks, mode: str, target: str, options: tuple[str, ...], count: int
+) -> None:
+    arguments = {"name": "standard_separable", "mode": mode, "target": target, "num_layers": 2}
+    check(ranks, "ep", arguments, MIXED, options, count)
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(s, marks=() if s in ("tripartite", "utamoe") else pytest.mark.slow) for s in SYSTEMS]
+)
+def test_experts_of_every_system_that_are_shared_out(ranks: Ranks, system: str) -> None:
+    """A rank without latents, and one without words: to some ranks no token comes."""
+    check(ranks, "ep", {"name": system, "mode": "none", "num_layers": 2, "num_experts": 16}, LOPSIDED)
+
+
+def test_shared_out_experts_with_low_rank_updates(ranks: Ranks) -> None:
+    found = ranks(spread_parts, {"name": "symbiotic", "num_layers": 1})
+    assert [part["blocks.0.moe.pools.und.w_in"] for part in found] == [(2, 32, 32)] * 2  # of four experts
+    assert [part["blocks.0.moe.pools.und.lora.w_in.a"] for part in found] == [(2, 32, 4)] * 2
+    assert [part["embed.weight"] for part in found] == [(32, 32)] * 2  # of 64 words
+
+
+def looked_at(arguments: Mapping[str, Any]) -> torch.Tensor:
+    model = shard(shielded(**arguments), mesh("ep"))
+    with torch.no_grad():
+        return forward(model, micro_batches(0, MIXED, 1)[0], 0.0).logits
+
+
+def test_all_ranks_see_the_same_bits_of_the_same_batch(ranks: Ranks) -> None:
+    """As evaluation needs, which goes on as long as what it reads says so."""
+    arguments = {"name": "symbiotic", "num_layers": 2}
+    first, second = ranks(looked_at, arguments)
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        alone = forward(shielded(**arguments), micro_batches(0, MIXED, 1)[0], 0.0).logits
+    torch.testing.assert_close(first, alone, rtol=1e-5, atol=1e-6)
+
+
+def kept(path: Path, lost: int | None = None) -> str:
+    """Why a checkpoint could not be written there; empty when it could, and came back. lost: a rank with a NaN."""
+    model = shard(shielded(name="symbiotic", num_layers=1), mesh("ep"))
+    state = dict(model.named_parameters())
+    if lost == dist.get_rank():
+        state["embed.weight"].data.to_local()[0, 0] = math.nan  # type: ignore[attr-defined]
+    try:
+        save({"step": 3, "state_dict": {name: value.detach() for name, value in state.items()}}, path, {})
+    except OSError as error:
+        return str(error)
+    found = load(path, state.get)
+    assert found["step"] == 3
+    assert all(torch.equal(found["state_dict"][name].to_local(), value.to_local()) for name, value in state.items())  # type: ignore[attr-defined]
+    return ""
+
+
+def test_what_one_rank_cannot_write_no_rank_has_written(ranks: Ranks, tmp_path: Path) -> None:
+    assert ranks(kept, tmp_path / "whole") == ["", ""]
+    assert uncommitted(tmp_path / "whole") is None
+    whole = load(tmp_path / "whole")["state_dict"]
+    for name, value in shielded(name="symbiotic", num_layers=1).named_parameters():
+        torch.testing.assert_close(whole[name], value.detach(), rtol=0, atol=0)
+    (tmp_path / "file").write_text("")
+    assert all("Not a directory" in said or "File exists" in said for said in ranks(kept, tmp_path / "file" / "x"))
+    assert ranks(kept, tmp_path / "lost", 1) == ["embed.weight is not finite"] * 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "whole", "whole.json"]
 
 
 def test_a_step_that_fails_is_reported_and_the_ranks_start_anew(ranks: Ranks) -> None:

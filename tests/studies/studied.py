@@ -53,7 +53,7 @@ def write_run(
     folder.mkdir(parents=True)
     config = yaml.safe_load(config_text(tuple(overrides)))
     config |= {"seed": seed, "run_dir": str(folder)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False))
     generates = not config["mix"]["drop"]
     scores = {step: scores_at(step, seed, better, generates) for step in STEPS}
     lines = [json.dumps({"step": step, "scores": found}) for step, found in scores.items()]

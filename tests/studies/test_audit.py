@@ -36,7 +36,7 @@ def write_run(root: Path, arm: str, seed: int, *overrides: str, **changes: Any) 
     folder = root / f"{arm}-seed{seed}"
     folder.mkdir(parents=True)
     config = json.loads(config_text(overrides)) | {"seed": seed, "run_dir": str(folder)}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    (folder / "config.yaml").write_text(yaml.dump(config, Dumper=yaml.CSafeDumper, sort_keys=False))
     tokens = TOKENS if not config["mix"]["drop"] else {**TOKENS, "t2i": 0, "latents": 0}
     summary = {
         "seed": seed, "steps": 20, "parent": f"stage 0 {seed}", "data": "da7a", "tokens": tokens,

@@ -112,16 +112,26 @@ def test_tokens_by_task() -> None:
 
 
 def test_split_receipt() -> None:
-    gates = {"tokens_inside": 0.75, "max_gate_change": 2e-7, "factor": [1.0, 1.0]}
+    gates = {"tokens_inside": 0.75, "max_gate_change": 2e-7, "factor": [1.0, 1.0], "choice_kept": 0.995}
     receipt = {
         "experts": [{"und": [0, 1, 2, 5], "gen": [3, 4, 6, 7]}, {"und": [4, 5, 6, 7], "gen": [0, 1, 2, 3]}],
         "parameters": {"before": 1000, "after": 1000, "added": 0, "latent_modules": 50},
         "gate_identity": [gates, gates | {"factor": [1.0, 1.5]}],
+        "masks_off": {"max_logit_change": 3e-6},
     }
     table = console.split_table(receipt)
-    assert row(table, "0") == ["0", "0–2 5", "3–4 6–7", "75.0 %", "2.0e-07", "1"]
+    assert row(table, "0") == ["0", "0–2 5", "3–4 6–7", "75.0 %", "99.5 %", "2.0e-07", "1"]
     assert row(table, "1")[-1] == "1–1.5"
-    assert "1,000 before, 1,000 after (+0)" in console.render(table)
+    text = " ".join(console.render(table).split())
+    for told in (
+        "1,000 before, 1,000 after (+0)",
+        "pool und (4)",
+        "With the masks off, logits change by 3.0e-06 at most",
+    ):
+        assert told in text
+    gates.pop("choice_kept")
+    older = console.split_table({**receipt, "masks_off": None, "gate_identity": [gates, gates]})
+    assert row(older, "0")[4] == "–"
 
 
 def test_summary_shows_anchors_change_and_gaps() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from studies.studied import MADE, write_run
-from symbiotic.schema import ConfigError
+from symbiotic.schema import ConfigError, RunError
 from symbiotic.studies import results_file
+from symbiotic.studies.page import write_page
 from symbiotic.studies.plan import cells_of
 from symbiotic.studies.report import document_of, report_of
 from symbiotic.studies.report_html import markdown
@@ -123,6 +124,28 @@ def test_rows_alone_say_the_same(text: str, study: Study, folder: Path, tmp_path
 
 def part(text: str, title: str) -> str:
     return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_page_has_what_the_report_found_and_keeps_what_people_wrote(
+    study: Study, folder: Path, text: str, tmp_path: Path
+) -> None:
+    page = write_page(study, folder, tmp_path / "2026-12-01-crossed")
+    made = page.read_text().replace("\\", "")
+    assert made.startswith("# crossed: 4 arms, 12 runs, seeds 0,1,2\n\n**Question.** ")
+    assert "\nmake study STUDY=crossed\n" in made
+    assert "Commit abc123; torch 2;" in made
+    for title in ("Verdicts", "What each factor does", "Retention against speed"):
+        assert part(made, title).strip() == part(text, title).strip(), title
+    assert (page.parent / results_file.FILE).read_bytes() == (folder / results_file.FILE).read_bytes()
+    figures = re.findall(r"\]\((figures/.+?)\)", made)
+    assert figures
+    assert all((page.parent / figure).is_file() for figure in figures)
+    page.write_text(page.read_text().replace("supported", "SUPPORTED") + "\nNothing much.\n")
+    before = page.read_text()
+    write_page(study, folder, page.parent)
+    assert page.read_text() == before.replace("SUPPORTED", "supported")
+    with pytest.raises(RunError, match=r"no results\.csv; this must be the folder of a study's runs"):
+        write_page(study, tmp_path)
 
 
 def test_rows_of_an_arm_that_changed_are_left_out_and_said(study: Study, folder: Path, tmp_path: Path) -> None:

@@ -100,6 +100,27 @@ def test_parents_first_then_seed_by_seed_and_every_run_has_its_row(cells: list[C
     assert [row["run"] for row in rows] == [cell.run for cell in cells]
 
 
+def test_a_run_that_a_study_beside_it_made_is_taken_from_there(cells: list[Cell], study: Study) -> None:
+    """Same config, seed and code: copied without its checkpoints. Of other code, or unfinished: made here."""
+    beside = cells[0].folder.parents[1] / "beside"
+    finish(cells[0])
+    (cells[0].folder / "checkpoints").mkdir()
+    cells[0].folder.rename((beside / cells[0].run).parent.mkdir() or beside / cells[0].run)
+    finish(cells[1])
+    other = json.loads((cells[1].folder / "summary.json").read_text())
+    other["provenance"]["code"] = "0dd"
+    cells[1].folder.rename(beside / cells[1].run)
+    (beside / cells[1].run / "summary.json").write_text(json.dumps(other))
+    (beside / cells[2].run).mkdir()
+    launcher, said = Launcher(cells), list[str]()
+    assert made_by(launcher, cells, study, say=said.append).run()
+    assert launcher.begun == ["parent 0", "parent 1", "standard 0", "symbiotic 1", "standard 1"]
+    assert said == [f"the same runs as in studies beside this one, copied: beside/{cells[0].run}"]
+    assert read_rows(cells[0].folder.parent / FILE)[0]["run"] == cells[0].run
+    assert not (cells[0].folder / "checkpoints").exists()
+    assert not list(cells[0].folder.parent.glob("*.writing"))
+
+
 def test_a_cluster_gets_parents_and_runs_apart(cells: list[Cell], study: Study) -> None:
     launcher = Launcher(cells)
     assert made_by(launcher, cells, study, processes=None).run()

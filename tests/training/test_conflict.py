@@ -80,9 +80,10 @@ def test_the_shielded_parameters_are_those_of_the_targets(system: str) -> None:
     model = tiny_model(dense_layers=(0,), dense_hidden=16, gated_shared=True)
     layout = load_system(system, model)
     names = parameter_names(model, layout)
-    shared = [n for n in names if ".moe.shared.all." in n] if shield_kinds(layout) else []
+    bridge = ".moe.pools.bridge." if system == "symbiotic_bridge" else ".moe.shared.all."
+    shared = [n for n in names if bridge in n] if shield_kinds(layout) else []
     assert shielded_layers(names, model, layout) == {n: int(n.split(".")[1]) - 1 for n in shared}
-    assert bool(shared) == (system in ("symbiotic", "standard_separable", "tripartite"))
+    assert bool(shared) == (system in ("symbiotic", "symbiotic_bridge", "standard_separable", "tripartite"))
 
 
 def test_a_shielded_pool_is_found_by_its_name() -> None:

@@ -64,10 +64,10 @@ def test_every_parameter_of_every_system_has_exactly_one_role(name: str, project
     """(e), with the shipped patterns and the real parameter names."""
     roles = OmegaConf.to_container(OmegaConf.load(project_root / "conf/rates/roles.yaml").roles)
     assigned = assign_roles((n for n, _ in build(name).named_parameters()), roles)  # type: ignore[arg-type]
-    partitioned = name in ("symbiotic", "mot", "bagel", "tripartite", "standard_separable", "utamoe")
+    partitioned = name not in ("dense", "standard_moe", "multi_gate")
     assert ("task" in assigned.values()) == (name == "utamoe")
     assert ("gen" in assigned.values()) == partitioned
-    assert ("common" in assigned.values()) == (name in ("standard_moe", "multi_gate"))
+    assert ("common" in assigned.values()) == (name in ("standard_moe", "multi_gate", "symbiotic_bridge"))
     assert assigned["latent_head.weight"] == "latent"
     if name == "bagel":
         assert assigned["blocks.0.attention.gen.q.weight"] == "gen"

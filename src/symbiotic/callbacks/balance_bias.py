@@ -47,6 +47,8 @@ class BalanceBias(StepCallback):
         module = cast(Any, pl_module)
         counts_LME = self.window.total(trainer)["counts"]
         self.window.clear()
+        if module.skipped:
+            return
         layers = [layer for layer in module.model.modules() if isinstance(layer, MoE) and layer.bias is not None]
         update_LC = bias_update(counts_LME, self.columns, self.rate * module.balance_scale)
         frozen = phase_of(pl_module, step - 1).frozen

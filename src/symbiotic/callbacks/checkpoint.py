@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: written beside their target, fsynced, renamed; the newest valid one is found.
+"""Checkpoints that are whole or absent: committed with a manifest, checked before they are read; the newest valid wins.
 
 Lightning's own write is atomic only when $TMPDIR is on the same file system, and its `ckpt_path="last"` does not
 validate (spec: reliability.md 1.1, 1.2). Its ModelCheckpoint saves in the middle of an accumulation window right after
@@ -7,12 +7,10 @@ a resume, and tracks what to delete in its own state; `StepCheckpoint` looks at 
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import re
 import shutil
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +20,15 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
+from symbiotic.callbacks.sharded_checkpoint import REST, load
 from symbiotic.callbacks.step import StepCallback
+from symbiotic.files import announced, commit, remove, uncommitted
+from symbiotic.training.finite import lost_values
+from symbiotic.training.optimizer_state import numbered
 
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"^step=(\d+)\.ckpt$")
-_TEMPORARY = ".writing"
 
 
 class CheckpointError(RuntimeError):
@@ -40,28 +41,32 @@ def checkpoint_path(folder: Path | str, step: int) -> Path:
 
 
 def step_of(path: Path) -> int:
-    """The optimiser step of a checkpoint file; -1 for any other name."""
+    """The optimiser step of a checkpoint, a file or a folder of parts; -1 for any other name."""
     match = _NAME.match(path.name)
     return int(match[1]) if match else -1
 
 
 def checkpoints(folder: Path | str) -> list[Path]:
-    """Checkpoint files of a folder, oldest first; empty when there is no such folder."""
+    """Checkpoints of a folder, oldest first; empty when there is no such folder."""
     folder = Path(folder)
     found = [path for path in folder.iterdir() if step_of(path) >= 0] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
+def committed(folder: Path | str) -> list[Path]:
+    """Those whose writing came to an end, oldest first, by what their manifests say; their bytes are not read."""
+    return [path for path in checkpoints(folder) if announced(path)]
+
+
 def defect(path: Path) -> str | None:
-    """Why a checkpoint cannot be trusted, or None. Reads the whole file: its CRC-32 finds any flipped bit of data, and
-    torch has to find its way through it (the two readers do not check the same headers)."""
+    """Why a checkpoint cannot be trusted, or None. Every byte is held against the manifest, and torch has to find its
+    way through it without running anything."""
+    problem = uncommitted(path)
+    if problem is not None:
+        return problem
     try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-        if bad:
-            return f"checksum of {bad} is wrong"
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # damaged bytes raise nearly anything
+        torch.load(path / REST if path.is_dir() else path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # a foreign file with a manifest of its own raises nearly anything
         return (str(error).splitlines() or [type(error).__name__])[0][:160]
     return None
 
@@ -76,35 +81,37 @@ def newest_valid(folder: Path | str) -> Path | None:
     return None
 
 
-def sweep(folder: Path | str) -> list[Path]:
-    """Remove what writes left behind that were killed; call it before training. Returns what was removed."""
-    folder = Path(folder)
-    litter = sorted(folder.glob(f".*{_TEMPORARY}")) if folder.is_dir() else []
-    for path in litter:
-        path.unlink(missing_ok=True)
-    return litter
+def newest_step(folder: Path | str) -> int:
+    """The optimiser step that a fit in this folder goes on from; 0 where it begins."""
+    newest = newest_valid(folder)
+    return step_of(newest) if newest else 0
 
 
 class AtomicCheckpointIO(CheckpointIO):
-    """`Trainer(plugins=[AtomicCheckpointIO()])`: a file under its final name is complete, whenever the process dies."""
+    """`Trainer(plugins=[AtomicCheckpointIO()])`: a file under its final name is complete, whenever the process dies.
+
+    about: what every manifest says of the run, beside the step and the file's checksum.
+    """
+
+    def __init__(self, about: Mapping[str, str] | None = None) -> None:
+        self.about = dict(about or {})
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Raises:
-        CheckpointError: the file could not be written, for one a full disk. No part of it is left.
+        CheckpointError: the file could not be written, for one a full disk, or holds a weight or a moment that is not
+            finite. No part of it is left.
         """
         path = Path(path)
-        temporary = path.with_name(f".{path.name}{_TEMPORARY}")
+        if lost := lost_values(checkpoint):
+            way = (
+                "the newest checkpoint before it is sound; callbacks.finite_check finds such a step before it is taken"
+            )
+            raise CheckpointError(f"{path}: checkpoint not written: {lost} is not finite; {way}")
+        manifest = {"step": checkpoint.get("global_step"), **self.about}
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(checkpoint, str(temporary))
-            sync(temporary)
-            temporary.replace(path)
-            sync(path.parent)
+            commit(path, lambda p: torch.save(checkpoint, str(p)), need=num_bytes(checkpoint), manifest=manifest)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: checkpoint not written: {_reason(error, checkpoint, path)}") from error
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Plain containers and tensors only (`weights_only=True`, whatever is asked), onto the CPU by default.
@@ -113,24 +120,25 @@ class AtomicCheckpointIO(CheckpointIO):
             CheckpointError: no such file, or a corrupt one.
         """
         path = Path(path)
-        if not path.is_file():
+        if not path.exists():
             raise CheckpointError(f"{path}: no such checkpoint")
         problem = defect(path)
         if problem:
             raise CheckpointError(f"{path}: corrupt checkpoint ({problem})")
-        return torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return read(path, map_location or "cpu")
 
     def remove_checkpoint(self, path: Any) -> None:
-        Path(path).unlink(missing_ok=True)
+        """The manifest goes first: what is left when a kill comes between is no checkpoint."""
+        remove(Path(path))
 
 
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """A checkpoint as one process saves it, also where many ranks saved it: whole tensors, the state of an optimiser by
+    the numbers of its parameters."""
+    if path.is_file():
+        return torch.load(path, map_location=map_location, weights_only=True)
+    checkpoint = load(path)
+    return {**checkpoint, "optimizer_states": [numbered(state) for state in checkpoint["optimizer_states"]]}
 
 
 def num_bytes(value: Any) -> int:
@@ -145,7 +153,7 @@ def num_bytes(value: Any) -> int:
 def _reason(error: Exception, checkpoint: Any, path: Path) -> str:
     folder = next(p for p in (path.parent, *path.parent.parents) if p.exists())
     need, have = num_bytes(checkpoint) / 2**20, shutil.disk_usage(folder).free / 2**20
-    full = have < 1.1 * need + 1
+    full = have < 1.1 * need + 1  # torch does not say why a write failed
     return f"need {need:.0f} MB, have {have:.0f} MB" if full else str(error).splitlines()[0]
 
 
@@ -159,10 +167,6 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def __init__(self, folder: str, every: int, keep: int = 2) -> None:
         self.folder, self.every, self.keep = Path(folder), every, keep
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            sweep(self.folder)
-
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if due(step, self.every, trainer.max_steps, trainer.should_stop):
             self.save(trainer)
@@ -170,8 +174,15 @@ class StepCheckpoint(StepCallback, Checkpoint):
     def save(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(checkpoint_path(self.folder, trainer.global_step))
         if trainer.is_global_zero:
-            for old in checkpoints(self.folder)[: -self.keep]:
-                old.unlink(missing_ok=True)
+            for old in superseded(self.folder, self.keep):
+                trainer.strategy.remove_checkpoint(old)
+
+
+def superseded(folder: Path, keep: int) -> list[Path]:
+    """Checkpoints older than the newest `keep` whose writing came to an end."""
+    complete = committed(folder)
+    older = (path for path in checkpoints(folder) if step_of(path) < step_of(complete[-keep]))
+    return list(older) if len(complete) >= keep else []
 
 
 def due(step: int, every: int, last: int, stopping: bool) -> bool:

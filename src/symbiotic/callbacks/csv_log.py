@@ -16,6 +16,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from symbiotic.files import commit
+
 Row = dict[str, Any]
 
 
@@ -58,37 +60,40 @@ class CSVLog(Logger):
             row = self._last | row
         new = [name for name in row if name not in self._columns]
         if new or step < last:
-            self._rewrite(self._columns + new, [r for r in self._read() if int(r["step"]) < step])
-        self._append(row, truncate=step == last and not new)
+            self._rewrite(self._columns + new, [*(r for r in self._read() if int(r["step"]) < step), row])
+        else:
+            self._append(row, over=step == last)
 
     def _open(self) -> None:
         """Take over what an earlier process wrote, without a row that it was killed in."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self._read()
-        self._rewrite(list(rows[0]) if rows else ["step"], rows[:-1])
-        if rows:
-            self._append(rows[-1])
+        self._rewrite(list(rows[0]) if rows else ["step"], rows)
 
     def _read(self) -> list[Row]:
         return read_rows(self.path)
 
     def _rewrite(self, columns: list[str], rows: list[Row]) -> None:
-        """The whole file anew, beside its target and then in its place."""
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self.path)
-        self._columns, self._last, self._last_start = columns, {}, self.path.stat().st_size
+        """The whole file anew, at once: a kill finds all of the rows or all that were there before."""
 
-    def _append(self, row: Row, truncate: bool = False) -> None:
+        def write(temporary: Path) -> None:
+            with temporary.open("w", newline="") as file:
+                writer = csv.DictWriter(file, fieldnames=columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows[:-1])
+                self._last_start = file.tell()
+                writer.writerows(rows[-1:])
+
+        commit(self.path, write)
+        self._columns, self._last = columns, rows[-1] if rows else {}
+
+    def _append(self, row: Row, over: bool = False) -> None:
+        """Behind the last row, or over it; what the shorter of two rows leaves of the other is cut off afterwards."""
         assert self._columns is not None
         with self.path.open("r+", newline="") as file:
-            if truncate:
-                file.truncate(self._last_start)
-            self._last_start = file.seek(0, os.SEEK_END)
+            self._last_start = file.seek(*(self._last_start, os.SEEK_SET) if over else (0, os.SEEK_END))
             csv.DictWriter(file, fieldnames=self._columns, lineterminator="\n").writerow(row)
+            file.truncate()
         self._last = row
 
 

@@ -15,12 +15,11 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from symbiotic.callbacks.in_loop_evaluation import SCORES, Evaluate, record_scores
 from symbiotic.callbacks.log import log_metrics
 from symbiotic.callbacks.step import StepCallback
-from symbiotic.schema import ConfigError
+from symbiotic.training.sharded import local, whole
 
 PREFIX = "ema/"
 """Before the names of scores of averaged weights."""
@@ -32,13 +31,11 @@ class EMA(StepCallback):
     Every `every` steps (0: never) `evaluate` measures the averaged weights, in place of the model's own for that time;
     the scores are logged as `eval/ema/NAME` and added to `scores.jsonl` as `ema/NAME`. After the last step `save` gets
     the average. Both have to be set before the fit. The training is not changed, and the checkpoints hold its own
-    weights; the average is this callback's state in them. All ranks average the same.
+    weights; the average is this callback's state in them. All ranks average the same, or their parts of sharded
+    parameters.
 
     Args:
         decay: weight of the old average in each step, less in the first ones (see `decay_at`).
-
-    Raises:
-        ConfigError: the parameters are sharded.
     """
 
     def __init__(self, decay: float = 0.99, every: int = 0) -> None:
@@ -52,8 +49,6 @@ class EMA(StepCallback):
             raise RuntimeError("EMA: set `save`, and `evaluate` where every > 0, before the fit")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
-            raise ConfigError("callbacks.ema: averages whole parameters, and these are sharded; set callbacks.ema=null")
         if not self.average:
             self.average = {name: _exact(value).clone() for name, value in _floating(_model(pl_module)).items()}
         self.average = {name: value.to(pl_module.device) for name, value in self.average.items()}
@@ -61,7 +56,7 @@ class EMA(StepCallback):
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         weight = 1 - decay_at(step, self.decay)
         for name, value in _floating(_model(pl_module)).items():
-            self.average[name].lerp_(_exact(value), weight)
+            local(self.average[name]).lerp_(_exact(local(value)), weight)
         if self.every > 0 and step % self.every == 0 and step != trainer.max_steps:
             self.measure(trainer, pl_module, step)
 
@@ -76,9 +71,12 @@ class EMA(StepCallback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Also where there was no step left to train: a kill may have come between the last one and this."""
-        if trainer.is_global_zero and trainer.global_step >= trainer.max_steps:
+        if trainer.global_step < trainer.max_steps:
+            return
+        state = whole({**_model(pl_module).state_dict(), **self.average})
+        if trainer.is_global_zero:
             assert self.save is not None
-            self.save({**_model(pl_module).state_dict(), **self.average})
+            self.save(state)
 
     def state_dict(self) -> dict[str, Any]:
         return {"average": self.average}
@@ -96,14 +94,14 @@ def decay_at(step: int, decay: float) -> float:
 def averaged(model: nn.Module, average: Mapping[str, Tensor]) -> Iterator[nn.Module]:
     """The model with averaged weights, in place; afterwards its own are back, bit by bit, also after an error."""
     own = _floating(model)
-    kept = {name: value.clone() for name, value in own.items()}
+    kept = {name: local(value).clone() for name, value in own.items()}
     try:
         for name, value in own.items():
-            value.copy_(average[name])
+            local(value).copy_(local(average[name]))
         yield model
     finally:
         for name, value in own.items():
-            value.copy_(kept[name])
+            local(value).copy_(kept[name])
 
 
 def _model(pl_module: LightningModule) -> nn.Module:

@@ -11,6 +11,9 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
+from symbiotic.files import write_text
+from symbiotic.redact import redacted_text, redacted_texts
+
 EVENTS = "events.jsonl"
 
 Event = dict[str, Any]
@@ -26,8 +29,8 @@ def record_event(trainer: Trainer, step: int, kind: str, text: str, **data: Any)
     path = Path(trainer.default_root_dir) / EVENTS
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "kind": kind, "text": text, **data}) + "\n")
-    print(f"step {step}: {text}", flush=True)
+        file.write(json.dumps(redacted_texts({"step": step, "kind": kind, "text": text, **data})) + "\n")
+    print(f"step {step}: {redacted_text(text)}", flush=True)
 
 
 def read_events(folder: Path | str) -> list[Event]:
@@ -48,6 +51,4 @@ def rewind_events(folder: Path | str, step: int) -> None:
     path = Path(folder) / EVENTS
     path.parent.mkdir(parents=True, exist_ok=True)
     kept = [event for event in read_events(folder) if event["step"] <= step]
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(json.dumps(event) + "\n" for event in kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps(event) + "\n" for event in kept))

@@ -34,10 +34,8 @@ class GradientConflict(Probing):
     One forward and two backward passes on the probe, and one of each more for the leak; room for two more gradients.
     Nothing of the training is touched: the passes go around `.grad`, DDP and torch.compile, and keep no count.
     A probe without latents has no conflicts: nothing is logged. All ranks measure the same.
-    `speed/gradient_conflict`: seconds that it took.
-
-    Raises:
-        ConfigError: the parameters are sharded.
+    `speed/gradient_conflict`: seconds that it took. Of sharded parameters there are no whole gradients: nothing is
+    logged, which is said once.
     """
 
     def __init__(self, every: int = 50) -> None:
@@ -45,20 +43,23 @@ class GradientConflict(Probing):
             raise ConfigError(f"callbacks.gradient_conflict.every={every}: must be at least 1")
         self.every = every
         self._probed = 0
+        self._off = False
         self._clock = 0.0
         self._steps: list[float] = []  # seconds of every step since the last probe
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if any(isinstance(parameter, DTensor) for parameter in pl_module.parameters()):
-            where = "measures whole gradients, and these parameters are sharded"
-            raise ConfigError(f"callbacks.gradient_conflict: {where}; set callbacks.gradient_conflict=null")
+        self._off = any(isinstance(parameter, DTensor) for parameter in pl_module.parameters())
+        if self._off and trainer.is_global_zero:
+            print(
+                "conflicts of gradients are not measured: they are whole nowhere, as parameters are sharded", flush=True
+            )
         if self.probe is None:
             raise RuntimeError("GradientConflict.probe was not set before the fit")
         self._batch = self.probe.to(pl_module.device)
         self._clock = time.perf_counter()
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        if len(self._batch.latents) == 0:
+        if self._off or len(self._batch.latents) == 0:
             return
         self._steps.append(time.perf_counter() - self._clock)
         if step == 1 or step % self.every == 0:

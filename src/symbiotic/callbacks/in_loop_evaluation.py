@@ -12,6 +12,7 @@ from torch import nn
 
 from symbiotic.callbacks.log import log_metrics
 from symbiotic.callbacks.step import StepCallback
+from symbiotic.files import write_text
 
 SCORES = "scores.jsonl"
 
@@ -55,11 +56,7 @@ def record_scores(path: Path | str, step: int, scores: Mapping[str, float]) -> N
     known = read_scores(path)
     numbers = {name: float(value) for name, value in scores.items()}
     known[step] = known.get(step, {}) | {name: None if math.isnan(v) else v for name, v in numbers.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    lines = [json.dumps({"step": s, "scores": known[s]}) for s in sorted(known)]
-    temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(json.dumps({"step": s, "scores": known[s]}) + "\n" for s in sorted(known)))
 
 
 def read_scores(path: Path | str) -> dict[int, dict[str, float | None]]:

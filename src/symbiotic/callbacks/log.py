@@ -20,6 +20,7 @@ from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import KINDS
 from symbiotic.training.phases import balance_weight, phase_index
+from symbiotic.training.sharded import group_norms
 
 LOSSES = ("loss", "ce", "flow", "image_ce", "balance", "z", "task")
 
@@ -93,20 +94,18 @@ class Window:
 
 def grad_norms(optimizer: Optimizer) -> dict[str, Tensor]:
     """Role -> [] norm of the gradients of its parameter groups, before clipping; 0 without gradients."""
-    squares: dict[str, list[Tensor]] = {}
+    given: dict[str, list[Tensor]] = {}
     for group in optimizer.param_groups:
-        grads = [p.grad for p in group["params"] if p.grad is not None]
-        norms = torch._foreach_norm(grads) if grads else []
-        squares.setdefault(str(group["role"]), []).extend(norm.float() ** 2 for norm in norms)
-    return {role: torch.stack(parts).sum().sqrt() if parts else torch.zeros(()) for role, parts in squares.items()}
+        given.setdefault(str(group["role"]), []).extend(p.grad for p in group["params"] if p.grad is not None)
+    return dict(zip(given, group_norms(list(given.values())), strict=True))
 
 
 class StepLog(StepCallback):
     """Logs, every `every` optimiser steps, under these names:
 
     `train/{loss,ce,flow or image_ce,balance,z}` and, with a task router, `train/task` (means over the micro-batches
-    since the last log, and over ranks), `grad_norm/ROLE` (of that step, before clipping, frozen roles included),
-    `lr/ROLE`, `phase/{shield,index,balance_weight}`, `tokens/KIND` (of an optimiser step, all ranks),
+    of finite loss since the last log, and over ranks), `grad_norm/ROLE` (of that step, before clipping, frozen roles
+    included), `lr/ROLE`, `phase/{shield,index,balance_weight}`, `tokens/KIND` (of an optimiser step, all ranks),
     `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks).
 
     Reads outputs["loss", ..., "tokens"], the config's phases, and the roles of the optimiser's parameter groups.
@@ -134,8 +133,10 @@ class StepLog(StepCallback):
     def on_micro_batch(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         values = {name: outputs[name] for name in LOSSES if name in outputs}
         values["loss"] = outputs["loss"] * trainer.accumulate_grad_batches  # Lightning hands it on divided by that
-        one = torch.ones((), device=outputs["loss"].device)
-        self.window.add({**values, "tokens": outputs["tokens"], "samples": num_samples(batch), "micro_batches": one})
+        finite = outputs["loss"].isfinite()  # a step that was skipped is not in the means
+        values = {name: torch.where(finite, value, 0.0) for name, value in values.items()}
+        counted = {"samples": num_samples(batch), "micro_batches": finite.float()}
+        self.window.add({**values, "tokens": outputs["tokens"], **counted})
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
         if step % self.every == 0:

@@ -15,6 +15,7 @@ from PIL import Image
 from symbiotic.callbacks.log import Window
 from symbiotic.callbacks.step import StepCallback, config_of
 from symbiotic.evaluation.grid import save_png
+from symbiotic.files import commit
 from symbiotic.layout import pool_sizes
 from symbiotic.schema import KINDS, ConfigError
 from symbiotic.training.routing_metrics import loads
@@ -80,10 +81,12 @@ class RoutingHeatmap(StepCallback):
 
 def save_counts(path: Path, **arrays: np.ndarray) -> Path:
     """The file appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-    return temporary.replace(path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # of a path, numpy would change the ending
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    return commit(path, write)
 
 
 # --------------------------------------------------------------------------- the picture, in inches

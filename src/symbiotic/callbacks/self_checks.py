@@ -79,7 +79,7 @@ class SelfChecks(Probing):
         self._last = outputs["balance"], outputs["routing"]
 
     def on_step(self, trainer: Trainer, pl_module: LightningModule, step: int) -> None:
-        if step % self.every or self._last is None:
+        if step % self.every or self._last is None or cast(Any, pl_module).skipped:
             return
         config, (returned, stats) = config_of(pl_module), self._last
         recount = recount_balance(stats, config.model, config.system, config.objective.balance)

@@ -6,16 +6,30 @@ Standard library only.
 from __future__ import annotations
 
 from symbiotic.checks.rules import known, require
+from symbiotic.checks.targets import check_source_types
 from symbiotic.layout import shield_kinds
-from symbiotic.schema import ALARM_ACTIONS, Config, ConfigError
+from symbiotic.schema import ALARM_ACTIONS, FINITE_POLICIES, Config, ConfigError
 from symbiotic.training.phases import balance_weight
 
 
 def check_callbacks(config: Config) -> None:
     """Raises ConfigError."""
+    _arguments(config)
     _needed(config)
     _alarm(config)
     _ema(config)
+
+
+def _arguments(config: Config) -> None:
+    for name, node in config.callbacks.items():
+        key = f"callbacks.{name}"
+        check_source_types(node or {"_target_": ""}, key)
+        every = (node or {}).get("every", 0)
+        require(isinstance(every, int) and every >= 0, f"{key}.every", every, "must be a whole number, at least 0")
+    check = config.callbacks.get("finite_check") or {}
+    known("callbacks.finite_check.policy", [check.get("policy", "stop")], FINITE_POLICIES, "policy")
+    limit = check.get("limit", 1)
+    require(limit >= 1, "callbacks.finite_check.limit", limit, "must be at least 1")
 
 
 def _needed(config: Config) -> None:

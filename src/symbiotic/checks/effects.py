@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from symbiotic.checks.lora import unmatched
+from symbiotic.checks.trainer import SHARDED
 from symbiotic.layout import generates, kinds_of, shared_scopes, shield_kinds, trained_names
 from symbiotic.schema import Config, ConfigError
 from symbiotic.training.phases import balance_weight, mix_schedule
@@ -79,6 +80,8 @@ def _gen_pool(s: Setting, key: str) -> str | None:
 
 
 def _bias(s: Setting, key: str) -> str | None:
+    if s.config.init.folder is not None:
+        return None  # those of the pretrained model
     off = "objective.balance.bias_rate is 0: the biases stay 0"
     return _routed(s, key) or (None if s.config.objective.balance.bias_rate else off)
 
@@ -91,6 +94,10 @@ def _surgery(s: Setting, key: str) -> str | None:
 
 
 def _parent_shared(s: Setting, key: str) -> str | None:
+    if s.config.init.folder is not None:
+        has = s.config.model.shared_hidden > 0
+        wrong = s.config.init.parent_shared not in (None, has)
+        return f"the pretrained model has {'a' if has else 'no'} shared expert" if wrong else None
     return "the system has a shared expert, so its parent has one" if shared_scopes(s.config.system) else None
 
 
@@ -169,7 +176,13 @@ def _role(s: Setting, key: str) -> str | None:
     return None if role in assigned.values() else f"system={s.config.system.name} has no parameter of the role {role}"
 
 
+def _whole_gradients(s: Setting, key: str) -> str | None:
+    sharded = s.config.trainer.get("strategy") == SHARDED and s.config.callbacks.get("gradient_conflict") is not None
+    return "it takes whole gradients, and trainer=fsdp shards them" if sharded else None
+
+
 RULES: dict[str, Rule] = {
+    "callbacks.gradient_conflict*": _whole_gradients,
     "phases.shield_steps": _shield_level,
     "phases.release_scale": _shield_level,
     "system.shield.targets*": _shield_targets,
@@ -201,6 +214,7 @@ RULES: dict[str, Rule] = {
     "init.gen_experts": _gen_pool,
     "init.parent_shared": _parent_shared,
     "init.assignment": _split,
+    "init.assignment_file": _split,
     "init.profile_micro_batches": _split,
     "model.shared_hidden": _shared,
     "model.gated_shared": _shared,

@@ -17,12 +17,13 @@ _NAME = re.compile(r"[a-z][a-z0-9_]*")
 def check_layout(model: Model, system: System) -> None:
     """Raises ConfigError."""
     _model(model)
+    at_least(model, "model.", 1 if shared_scopes(system) and system.pools else 0, "shared_hidden")
     _system(model, system)
     _shield(system)
 
 
 def _model(model: Model) -> None:
-    sizes = "width num_layers vocab_size expert_hidden shared_hidden patch_dim max_grid"
+    sizes = "width num_layers vocab_size expert_hidden patch_dim max_grid"
     at_least(model, "model.", 1, sizes + (" num_experts" if model.num_experts else ""))
     at_least(model, "model.", 0, "num_experts dense_hidden init_std")
     positive(model, "model.", "norm_eps")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from symbiotic.schema import ConfigError, near_miss
+from symbiotic.schema import ConfigError, near_miss, parse
 
 ALLOWED = ("symbiotic.", "lightning.pytorch.callbacks.", "lightning.pytorch.loggers.", "lightning.pytorch.profilers.",
            "lightning.pytorch.strategies.", "torch.optim.")  # fmt: skip
@@ -22,6 +22,7 @@ ALLOWED = ("symbiotic.", "lightning.pytorch.callbacks.", "lightning.pytorch.logg
 
 _PACKAGE = Path(__file__).parents[1]
 _PATH = re.compile(r"[A-Za-z][A-Za-z0-9_]*(\.[A-Za-z][A-Za-z0-9_]*)+")
+_PLAIN = {"int": int, "float": float, "str": str, "bool": bool}
 _HYDRA_KEYS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
 
 
@@ -82,11 +83,10 @@ def _source_arguments(key: str, target: str) -> list[str] | None:
     path = _PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
     if not path.is_file():
         raise ConfigError(f"{key}._target_={target}: no such module; {near_miss(path.stem, _modules(path.parent))}")
-    classes = _classes(path)
+    classes = classes_of(path)
     if name not in classes:
         raise ConfigError(f"{key}._target_={target}: no such class; {near_miss(name, classes)}")
-    body = classes[name].body
-    init = next((n for n in body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+    body, init = classes[name].body, init_of(classes[name])
     if init is not None:
         return [a.arg for a in (*init.args.args[1:], *init.args.kwonlyargs)]
     if any("dataclass" in ast.unparse(d) for d in classes[name].decorator_list):
@@ -95,8 +95,26 @@ def _source_arguments(key: str, target: str) -> list[str] | None:
     return [] if own <= {"object", "Callback"} else None  # inherited from elsewhere: known at instantiation
 
 
+def init_of(cls: ast.ClassDef) -> ast.FunctionDef | None:
+    return next((n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+
+
+def check_source_types(node: Mapping[str, Any], key: str) -> None:
+    """Raises ConfigError: an argument of a class of this package that is of another type than its source says, where
+    that says text, number or flag, or null beside one of them."""
+    module, _, name = str(node["_target_"]).rpartition(".")
+    path = _PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    found = classes_of(path).get(name) if module.startswith("symbiotic.") and path.is_file() else None
+    init = init_of(found) if found is not None else None
+    for argument in (*init.args.args, *init.args.kwonlyargs) if init is not None else ():
+        said = ast.unparse(argument.annotation) if argument.annotation is not None else ""
+        kind = _PLAIN.get(said.removesuffix(" | None"))
+        if kind is not None and argument.arg in node and not (node[argument.arg] is None and "None" in said):
+            parse(kind, node[argument.arg], f"{key}.{argument.arg}")
+
+
 @functools.cache
-def _classes(path: Path) -> dict[str, ast.ClassDef]:
+def classes_of(path: Path) -> dict[str, ast.ClassDef]:
     return {n.name: n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)}
 
 

@@ -14,41 +14,18 @@ from pathlib import Path
 from symbiotic.checks.callbacks import check_callbacks
 from symbiotic.checks.evaluation import check_benchmarks
 from symbiotic.checks.lora import check_lora
+from symbiotic.checks.optimizer import check_optimizer
 from symbiotic.checks.phases import check_phases
-from symbiotic.checks.rules import at_least, check_weights, known, plain, positive, require, share
+from symbiotic.checks.pretrained import check_pretrained
+from symbiotic.checks.rules import at_least, check_weights, known, positive, require, share
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
+from symbiotic.checks.trainer import check_trainer
+from symbiotic.convert.assignment import read_assignment
 from symbiotic.evaluation.names import METRICS
 from symbiotic.layout import shared_scopes, trained_names
-from symbiotic.schema import KINDS, Config, ConfigError, Mix, Objective, near_miss
+from symbiotic.schema import KINDS, Config, ConfigError, Mix, Objective
 from symbiotic.training.roles import assign_roles
-
-_TRAINER = """
-    accelerator strategy devices num_nodes precision logger callbacks fast_dev_run max_epochs min_epochs
-    max_steps min_steps max_time limit_train_batches limit_val_batches limit_test_batches limit_predict_batches
-    overfit_batches val_check_interval check_val_every_n_epoch num_sanity_val_steps log_every_n_steps
-    enable_checkpointing enable_progress_bar enable_model_summary accumulate_grad_batches gradient_clip_val
-    gradient_clip_algorithm deterministic benchmark inference_mode use_distributed_sampler profiler
-    detect_anomaly barebones plugins sync_batchnorm reload_dataloaders_every_n_epochs default_root_dir
-    enable_autolog_hparams model_registry
-"""
-TRAINER_KEYS = frozenset(_TRAINER.split())
-"""Arguments of lightning.Trainer; a test holds them against its signature."""
-
-_BY_RUN = ("plugins", "use_distributed_sampler", "num_sanity_val_steps", "limit_val_batches", "enable_model_summary")
-TRAINER_SET_BY = {
-    "max_steps": "phases.steps",
-    "max_epochs": "phases.steps",
-    "accumulate_grad_batches": "data.micro_batches and trainer.devices",
-    "gradient_clip_val": "rates.clip",
-    "callbacks": "the group callbacks",
-    "logger": "the group logger",
-    "default_root_dir": "paths.runs",
-    "log_every_n_steps": "log_every",
-    "enable_progress_bar": "callbacks.progress",
-    **dict.fromkeys(_BY_RUN, "the way a run works"),
-}
-"""Arguments of lightning.Trainer that follow from other keys."""
 
 
 def check(config: Config) -> None:
@@ -58,6 +35,8 @@ def check(config: Config) -> None:
         ConfigError: the first rule that is broken.
     """
     _run(config)
+    if config.init.folder is not None:
+        check_pretrained(config)
     check_layout(config.model, config.system)
     check_lora(config)
     check_callbacks(config)
@@ -68,6 +47,7 @@ def check(config: Config) -> None:
     _objective(config)
     _init(config)
     _data(config)
+    check_trainer(config)
 
 
 # --------------------------------------------------------------------------- the run
@@ -79,7 +59,7 @@ def _run(config: Config) -> None:
     require(config.threads <= 1024, "threads", config.threads, "must be at most 1024")
     require(config.seed < 2**32, "seed", config.seed, "must be below 2**32")
     require(bool(re.fullmatch(r"[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
-    known("metric", [config.metric], METRICS, "score")
+    known("metric", [config.metric] if config.metric else [], METRICS, "score")
     for name in ("runs", "data", "cache"):
         require(bool(getattr(config.paths, name)), f"paths.{name}", "''", "must name a folder")
     for name in ("data", "cache"):
@@ -123,6 +103,7 @@ def _rates(config: Config) -> None:
         ok = rate is None or 0 < rate < float("inf")
         require(ok, f"rates.by_role.{role}", rate, "must be positive, or null for rates.lr")
     require("lr" not in rates.optimizer, "rates.optimizer.lr", rates.optimizer.get("lr"), "set rates.lr in its place")
+    check_optimizer(rates.optimizer, "rates.optimizer")
     for role, patterns in rates.roles.items():
         for pattern in patterns:
             _compiles(f"rates.roles.{role}", pattern)
@@ -188,9 +169,15 @@ def _init(config: Config) -> None:
     without = shared_scopes(config.system) and init.parent_shared is False
     right = f"system={config.system.name} has a shared expert, which starts from the parent's; must be true or null"
     require(not without, "init.parent_shared", init.parent_shared, right)
+    if init.assignment == "file" and init.assignment_file is None:
+        raise ConfigError("init.assignment=file: init.assignment_file is missing; must be the path of a receipt.json")
+    if init.assignment_file is not None:
+        effect = f"has no effect, as init.assignment is {init.assignment}; must be null, or set init.assignment=file"
+        require(init.assignment == "file", "init.assignment_file", init.assignment_file, effect)
+        read_assignment(init.assignment_file, config.model, config.system)
     if init.checkpoint is not None:
-        require(Path(init.checkpoint).is_file(), "init.checkpoint", init.checkpoint, "no such file")
-    elif stage0 is None:
+        require(Path(init.checkpoint).exists(), "init.checkpoint", init.checkpoint, "no such file")
+    elif stage0 is None and init.folder is None:
         raise ConfigError("init.checkpoint=null: must be the path of a checkpoint, as init.stage0 is null")
     if stage0 is not None:
         at_least(stage0, "init.stage0.", 1, "max_steps samples")
@@ -201,24 +188,13 @@ def _init(config: Config) -> None:
 
 
 def _data(config: Config) -> None:
-    data, trainer = config.data, config.trainer
+    data = config.data
     at_least(data, "data.", 1, "samples row_tokens micro_batches")
     at_least(data, "data.", 0, "num_workers repeat_steps")
-    for name in trainer:
-        if name not in TRAINER_KEYS:
-            raise ConfigError(f"trainer.{name}: no argument of lightning.Trainer; {near_miss(name, TRAINER_KEYS)}")
-    for name, owner in TRAINER_SET_BY.items():
-        if name in trainer:
-            raise ConfigError(f"trainer.{name}={plain(trainer[name])}: must not be set; it follows from {owner}")
-    ranks = 1
-    for name in ("devices", "num_nodes"):
-        count = trainer.get(name, 1)
-        whole = isinstance(count, int) and not isinstance(count, bool) and count >= 1
-        require(whole, f"trainer.{name}", count, "must be a whole number, at least 1")
-        ranks *= count
-    strategy = str(trainer.get("strategy", "auto"))
-    if ranks > 1 and "fork" not in strategy:
-        right = "must be ddp_fork with several devices: strategies that run the script again would start the arc twice"
-        raise ConfigError(f"trainer.strategy={strategy}: {right}")
-    right = f"must be a multiple of the {ranks} devices that share a step; set data.micro_batches={ranks}"
-    require(data.micro_batches % ranks == 0, "data.micro_batches", data.micro_batches, right)
+    streamed = str(data.source.get("_target_")).endswith(".StreamData")
+    if streamed and data.encoded:
+        raise ConfigError(f"data.encoded={list(data.encoded)}: has no effect with data=stream, which reads pixels")
+    if streamed and config.objective.name == "autoregressive":
+        raise ConfigError(
+            "objective=autoregressive: needs codes of all images in advance; must be flow with data=stream"
+        )

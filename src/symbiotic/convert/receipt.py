@@ -12,6 +12,7 @@ from torch import Tensor
 
 from symbiotic.convert.profile import router_inputs
 from symbiotic.convert.split import LATENT_MODULES, Assignment
+from symbiotic.layout import opened
 from symbiotic.models.batch import Batch
 from symbiotic.models.moe import MoE
 from symbiotic.models.routing import route
@@ -30,7 +31,7 @@ def count_parameters(model: UnifiedModel) -> dict[str, int]:
 def expert_gates(moe: MoE, x_ND: Tensor, kind_N: Tensor) -> Tensor:
     """[N, E]: each token's gate of each expert of a layer, 0 where not chosen. It sees what its kind does."""
     logits_NC = x_ND @ torch.cat(list(moe.routers.values()), dim=1)
-    gates_NK, columns_NK, _ = route(logits_NC, moe.visible_MC[kind_N], moe.cfg)
+    gates_NK, columns_NK, _ = route(logits_NC, moe.visible_MC[kind_N], moe.cfg, moe.bias)
     return gates_NK.new_zeros(len(x_ND), moe.num_experts).scatter_(1, moe.expert_C[columns_NK], gates_NK)
 
 
@@ -41,7 +42,9 @@ def gate_identity(parent: UnifiedModel, child: UnifiedModel, assignment: Assignm
 
     Zero up to rounding where the router renormalises its top-k; elsewhere `factor` is the range of the one factor
     per token by which the gates grew, since masked columns left the softmax. The gate of merged experts is held against
-    the sum of those of their parts, and changes: they are chosen together.
+    the sum of those of their parts, and changes: they are chosen together. choice_kept: the share of these tokens whose
+    experts are the same as before, and kept_gate_change the largest change among them. It is 1 but for ties, and for
+    softmax scores with a selection bias (ERNIE-4.5), which does not grow with the probabilities as columns leave.
     """
     kind_N = probe.kind.reshape(-1)[probe.segment.reshape(-1) >= 0]
     layers, rows = iter(assignment), []
@@ -55,14 +58,32 @@ def gate_identity(parent: UnifiedModel, child: UnifiedModel, assignment: Assignm
         inside = ((before > 0) & ~child.own_experts[kind_N]).sum(1) == 0
         factor = (after.sum(1) / before.sum(1))[inside]
         change = (after - before * (after.sum(1) / before.sum(1))[:, None])[inside].abs()
+        kept = ((before > 0) == (after > 0))[inside].all(1)
         rows.append(
             {
                 "tokens_inside": float(inside.float().mean()),
                 "max_gate_change": float(change.max()) if inside.any() else 0.0,
                 "factor": [float(factor.min()), float(factor.max())] if inside.any() else [1.0, 1.0],
+                "choice_kept": float(kept.float().mean()) if inside.any() else 1.0,
+                "kept_gate_change": float(change[kept].max()) if kept.any() else 0.0,
             }
         )
     return rows
+
+
+@torch.no_grad()
+def masks_off(parent: UnifiedModel, child: UnifiedModel, probe: Batch) -> dict[str, float] | None:
+    """The largest change of a logit on the probe when every kind sees every expert again: that of rounding, where the
+    split only moved tensors. None where such a child is not defined (see `layout.opened`)."""
+    system = opened(child.system)
+    if system is None:
+        return None
+    with torch.device("meta"):  # the child's own tensors in another layout, none of them twice
+        whole = UnifiedModel(child.cfg, system, child.latents, child.codebook)
+    state = child.state_dict()
+    whole.load_state_dict({name: state[name] for name in whole.state_dict()}, assign=True)
+    change = (whole(probe).logits - parent(probe).logits).abs()
+    return {"max_logit_change": float(change.max()) if change.numel() else 0.0}
 
 
 def receipt(parent: UnifiedModel, child: UnifiedModel, assignment: Assignment, probe: Batch) -> dict[str, Any]:
@@ -77,4 +98,5 @@ def receipt(parent: UnifiedModel, child: UnifiedModel, assignment: Assignment, p
             "latent_modules": after["latent"],
         },
         "gate_identity": gate_identity(parent, child, assignment, probe),
+        "masks_off": masks_off(parent, child, probe),
     }

@@ -2,11 +2,14 @@
 
     lm        <bos> words... <eos>                       statement: loss on every token; question: on the answer
     mmu       <bos> <image> [vit] </image> question answer <eos>               loss on the answer and <eos>
+    parts     <bos> text | <image> [vit] </image> ... <eos>    of lm and mmu, in any order; loss where a part says so
     t2i(_long)<bos> caption <gen> [latents]              loss on caption and <gen>; flow loss on the latents
     dropped   <bos> <null> <gen> [latents]               no text loss; also the unconditional half of guidance
 
 A record is the JSON of one shard member: `task`, and by task `text` | `prompt`, `answer` | `question`, `answer`,
-`height`, `width` | `caption`, `height`, `width`. Further keys say where the sample comes from.
+`height`, `width` | `caption`, `height`, `width`. In the place of its texts a record of lm or mmu may have `parts`, a
+list of `{text, loss, end}` (end: `<eos>` follows, as after each answer of a conversation) and of `{image: [top, height,
+width]}`: the images of a sample are one image, one below the other. Further keys say where the sample comes from.
 Leaving the answer out gives the same sequence as a prefix to continue.
 """
 
@@ -73,6 +76,25 @@ def generation_parts(pixels: Array, caption: str | None, tokenizer: Tokenizer) -
     return [Text([BOS]), Text([*tokenizer.encode(caption), GEN], loss=True), GenImage(pixels)]
 
 
+def mixed_parts(items: Sequence[Mapping[str, Any]], pixels: Array | None, tokenizer: Tokenizer) -> list[Part]:
+    """The `parts` of a record, whose images lie in `pixels`, uint8 [H, W, 3]; `<eos>` is learnt at the end.
+
+    Raises:
+        DataError: an image part of a sample without an image.
+    """
+    parts: list[Part] = [Text([BOS])]
+    for item in items:
+        if "image" not in item:
+            ids = tokenizer.encode(item["text"])
+            parts.append(Text([*ids, EOS] if item.get("end") else ids, loss=bool(item.get("loss"))))
+            continue
+        if pixels is None:
+            raise DataError("a part is an image, and the sample has none")
+        top, height, width = item["image"]
+        parts += [Text([IMAGE]), ReadImage(pixels[top : top + height, :width]), Text([IMAGE_END])]
+    return parts if items and items[-1].get("end") else [*parts, Text([EOS], loss=True)]
+
+
 def _answer(answer: str | None, tokenizer: Tokenizer) -> list[Part]:
     return [] if answer is None else [Text([*tokenizer.encode(answer), EOS], loss=True)]
 
@@ -88,6 +110,8 @@ def record_parts(record: Mapping[str, Any], pixels: Array | None, tokenizer: Tok
     """
     task = record.get("task")
     try:
+        if task in ("lm", "mmu") and "parts" in record:
+            return mixed_parts(record["parts"], pixels, tokenizer)
         if task == "lm" and "text" in record:
             return statement_parts(record["text"], tokenizer)
         if task == "lm":
@@ -121,7 +145,8 @@ def measure(record: Mapping[str, Any], tokenizer: Tokenizer, patch: int = 4) -> 
             tokens += len(part.ids)
             ce += len(part.ids) * part.loss
             continue
-        patches = (size[0] // patch) * (size[1] // patch)
+        height, width = part.pixels.shape[:2]
+        patches = (height // patch) * (width // patch)
         tokens += patches
         latents += patches * isinstance(part, GenImage)
     if record["task"] in GENERATION_TASKS:

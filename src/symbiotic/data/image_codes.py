@@ -18,7 +18,7 @@ import torch
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.data.packing import Array
 from symbiotic.data.shards import ShardIndex, ShardReader
-from symbiotic.files import locked, replace_with
+from symbiotic.files import commit, locked
 from symbiotic.images.tokenizer import ImageTokenizer
 
 
@@ -83,7 +83,7 @@ def encode_corpus(
             found = ImageCodes.load(path)
             if found is None:
                 found = _encode(tokenizer, ShardReader(folder, index), batch)
-                replace_with(path, found.save)
+                commit(path, found.save)
     return found
 
 

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from symbiotic.data.encoded import Encoded
 from symbiotic.data.errors import DataError
 from symbiotic.data.formats import drop_caption, record_sample
 from symbiotic.data.image_codes import ImageCodes
-from symbiotic.data.packing import Sample, collate, with_codes
-from symbiotic.data.plan import DataPlan
+from symbiotic.data.packing import Array, Sample, collate, with_codes
+from symbiotic.data.plan import DataPlan, MicroPlan
 from symbiotic.data.shards import ShardReader
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.models.batch import Batch
 from symbiotic.schema import ConfigError
+
+
+class Reader(Protocol):
+    """Reads samples of an index."""
+
+    def read(self, sample: int) -> tuple[dict[str, Any], Array | None]:
+        """The record and, if it has an image, its pixels, uint8 [H, W, 3]. Raises DataError."""
+        ...
 
 
 class MicroBatches(Dataset[Batch]):
@@ -28,7 +37,9 @@ class MicroBatches(Dataset[Batch]):
         folder: the corpus folder, with `tokenizer.json` and `shards/`.
         plan: which samples are in which micro-batch.
         cache_bytes: decoded samples are kept up to this size (per worker process); beyond it they are read again.
-        codes: of the generated images, where images are codes.
+        codes: of the generated images, where images are codes. encoded: vectors of images, in the place of pixels; the
+            plan's index has the lengths that the samples have with them.
+        reader: what samples are read by; by default the shards of the corpus folder.
     """
 
     def __init__(
@@ -37,29 +48,43 @@ class MicroBatches(Dataset[Batch]):
         plan: DataPlan,
         cache_bytes: int = 256 * 2**20,
         codes: ImageCodes | None = None,
+        encoded: Sequence[Encoded] = (),
+        reader: Reader | None = None,
     ) -> None:
-        self.plan, self.codes = plan, codes
+        self.plan, self.codes, self.encoded = plan, codes, encoded
         self.tokenizer = Tokenizer.load(Path(folder) / "tokenizer.json")
-        self.reader = ShardReader(Path(folder) / "shards", plan.index)
+        self.reader = reader or ShardReader(Path(folder) / "shards", plan.index)
         self._room = cache_bytes
         self._cache: dict[int, Sample] = {}
 
     def __getitem__(self, item: int) -> Batch:
-        step, micro = divmod(item, self.plan.micro_batches)
-        plan = self.plan.micro_batch(step, micro)
-        samples = [self.sample(int(number)) for number in plan.samples]
-        samples = [drop_caption(s) if drop else s for s, drop in zip(samples, plan.dropped, strict=True)]
-        shapes = enumerate(s.latents.shape for s in samples)
-        noises = [self.plan.noise(plan, i, shape) if shape[0] else np.zeros(shape, np.float32) for i, shape in shapes]
-        ce_norm, flow_norm = self.plan.norms(step)
+        plan = self.plan.micro_batch(*divmod(item, self.plan.micro_batches))
+        return self._collated(plan, range(len(plan.samples)), plan.rows)
+
+    def alone(self, item: int) -> Iterator[tuple[str, Batch]]:
+        """`shard: key` and a batch of its own of every sample of an item, as it is there: to find one that breaks."""
+        plan = self.plan.micro_batch(*divmod(item, self.plan.micro_batches))
+        for number, sample in enumerate(plan.samples):
+            yield self.plan.index.name(int(sample)), self._collated(plan, [number], [[0]])
+
+    def _collated(self, plan: MicroPlan, numbers: Sequence[int], rows: list[list[int]]) -> Batch:
+        """numbers: of the plan's samples; rows: of the numbers."""
+        drawn = ((self.sample(int(plan.samples[n])), plan.dropped[n]) for n in numbers)
+        samples = [drop_caption(sample) if dropped else sample for sample, dropped in drawn]
+        shapes = [sample.latents.shape for sample in samples]
+        noises = [
+            self.plan.noise(plan, n, shape) if shape[0] else np.zeros(shape, np.float32)
+            for n, shape in zip(numbers, shapes, strict=True)
+        ]
+        ce_norm, flow_norm = self.plan.norms(plan.step)
         return collate(
             samples,
             self.plan.row_tokens,
-            times=plan.times.tolist(),
+            times=plan.times[list(numbers)].tolist(),
             noises=noises,
             ce_norm=ce_norm,
             flow_norm=flow_norm,
-            rows=plan.rows,
+            rows=rows,
         )
 
     def sample(self, number: int) -> Sample:
@@ -76,6 +101,8 @@ class MicroBatches(Dataset[Batch]):
             sample = record_sample(index.keys[number].decode(), record, pixels, self.tokenizer)
         except DataError as error:
             raise DataError(f"{index.name(number)}: {error}") from error
+        for vectors in self.encoded:
+            sample = vectors.put(sample, number)
         if len(sample) != index.num_tokens[number]:
             expected = index.num_tokens[number]
             raise DataError(f"{index.name(number)}: {len(sample)} tokens where the index says {expected}")
@@ -85,11 +112,6 @@ class MicroBatches(Dataset[Batch]):
             self._room -= sample.nbytes
             self._cache[number] = sample
         return sample
-
-    def names(self, item: int) -> list[str]:
-        """`shard: key` of every sample of an item, for messages."""
-        plan = self.plan.micro_batch(*divmod(item, self.plan.micro_batches))
-        return [self.plan.index.name(int(number)) for number in plan.samples]
 
 
 class MicroBatchSampler(Sampler[int]):
@@ -118,6 +140,7 @@ def train_loader(
     num_workers: int = 0,
     rank: int = 0,
     world: int = 1,
+    worker_init: Callable[[int], None] | None = None,
 ) -> DataLoader[Batch]:
     """Loader of the micro-batches of this rank, one `Batch` an item, in the order of the steps.
 
@@ -129,15 +152,23 @@ def train_loader(
     """
     if micro_batches != dataset.plan.micro_batches:
         raise ValueError(f"the plan has {dataset.plan.micro_batches} micro-batches a step, not {micro_batches}")
-    return DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=MicroBatchSampler(steps, start_step, micro_batches, rank, world),
-        num_workers=num_workers,
-        collate_fn=_unchanged,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),
-    )
+    sampler = MicroBatchSampler(steps, start_step, micro_batches, rank, world)
+    return DataLoader(dataset, **loader_options(sampler, num_workers, worker_init))
+
+
+def loader_options(
+    sampler: MicroBatchSampler, num_workers: int = 0, worker_init: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Arguments of a `DataLoader` whose items are micro-batches already."""
+    return {
+        "batch_size": None,
+        "sampler": sampler,
+        "num_workers": num_workers,
+        "collate_fn": _unchanged,
+        "worker_init_fn": worker_init,
+        "persistent_workers": num_workers > 0,
+        "generator": torch.Generator(),
+    }
 
 
 def _unchanged(batch: Any) -> Any:

@@ -1,7 +1,8 @@
 """Webdataset shards with an index: offset, size and CRC-32 of every member, so that any sample is one read away.
 
 A shard is a plain tar `{set}-{number:05d}.tar` with the members `KEY.json` and, for tasks with an image, `KEY.png`.
-Nothing but JSON and PNG is ever decoded. Every read is checked against the index.
+Shards of our own are indexed strictly (`ShardIndex.build`); those of others sample by sample, bad ones left out with an
+account (`ShardIndex.scan`), and their images may be JPEG or WebP. Either way every read is checked against the index.
 """
 
 from __future__ import annotations
@@ -21,15 +22,22 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from symbiotic.data.account import Account, set_name
+from symbiotic.data.bad import Refused
+from symbiotic.data.checks import Checks, ShardSample
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.data.formats import image_size, measure
+from symbiotic.data.image_files import MAX_PIXELS, decode_image, read_header
 from symbiotic.data.packing import Array
+from symbiotic.data.scan import read_shard
+from symbiotic.data.tar import LocalSource, check_local, open_plain
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.schema import TASKS
 
 __all__ = ["DataError", "ShardIndex", "ShardReader", "encode_png", "write_shards"]
 
 REWRITE = "delete the data folder and start again to have it written anew"
+REINDEX = "the shard is not the one that was indexed; make the index anew"
 _BLOCK = 512
 _MEMBERS = ("json", "png")
 
@@ -73,7 +81,7 @@ def _members(key: str, record: Mapping[str, Any], pixels: Array | None) -> dict[
 class ShardIndex:
     """Where every sample lies and how long it is; n samples, sorted by set and then by shard.
 
-    A size of 0 in `png` means that the sample has no image.
+    A size of 0 in `png` means that the sample has no image; of scanned shards it may be a JPEG or WebP.
     """
 
     sets: Array  # [sets] str
@@ -109,22 +117,48 @@ class ShardIndex:
         Raises:
             DataError: a shard that is not a whole tar, or a member that is not ours; the line names it.
         """
-        names = sorted({path.name.rsplit("-", 1)[0] for path in paths})
         paths = sorted(paths)
-        rows = [
-            (key, names.index(path.name.rsplit("-", 1)[0]), number, *row)
-            for number, path in enumerate(paths)
-            for key, *row in _scan(path, tokenizer)
-        ]
-        keys, sets, shards, tasks, jsons, pngs, counts = zip(*rows, strict=True) if rows else ((),) * 7
+        shards = [(path.name, path.name.rsplit("-", 1)[0], path.stat().st_size) for path in paths]
+        return cls._of(shards, ((i, *row) for i, path in enumerate(paths) for row in _scan(path, tokenizer)))
+
+    @classmethod
+    def scan(cls, folder: Path, shards: Sequence[str], checks: Checks, account: Account) -> ShardIndex:
+        """Index shards that may hold anything: their good samples, in order. Bad ones are in the account.
+
+        Args:
+            shards: file names below `folder`, all of them known to the account.
+            checks: with a tokenizer, for the lengths. `decode`: whether images are decoded now, or when first read.
+
+        Raises:
+            DataError: more bad samples than the account bears, no good one, or a name that is a command.
+        """
+        if checks.tokenizer is None:
+            raise ValueError("an index holds lengths, and needs a tokenizer for them")
+        rows = []
+        for number, shard in enumerate(shards):
+            for event in read_shard(check_local(shard), checks, open_source=lambda name: LocalSource(folder / name)):
+                account.add(event)
+                if isinstance(event.found, ShardSample):
+                    rows.append((number, *_row(event.found)))
+        account.finish()
+        return cls._of([(shard, set_name(shard), account.shards[shard].size) for shard in shards], rows)
+
+    @classmethod
+    def _of(cls, shards: Sequence[tuple[str, str, int]], rows: Iterable[tuple[Any, ...]]) -> ShardIndex:
+        """shards: file name, set, bytes. rows: number of the shard, key, task, json place, png place, counts."""
+        names = sorted({name for _, name, _ in shards})
+        set_of = np.array([names.index(name) for _, name, _ in shards], dtype=np.int16)
+        columns = list(zip(*rows, strict=True)) or [()] * 6
+        numbers, keys, tasks, jsons, pngs, counts = columns
+        shard = np.array(numbers, dtype=np.int32)
         count = np.array(counts, dtype=np.int32).reshape(-1, 5)
         return cls(
             sets=np.array(names),
-            shards=np.array([path.name for path in paths]),
-            shard_bytes=np.array([path.stat().st_size for path in paths], dtype=np.int64),
+            shards=np.array([file for file, _, _ in shards]),
+            shard_bytes=np.array([size for _, _, size in shards], dtype=np.int64),
             keys=np.array([key.encode() for key in keys]),
-            set=np.array(sets, dtype=np.int16),
-            shard=np.array(shards, dtype=np.int32),
+            set=set_of[shard],
+            shard=shard,
             task=np.array(tasks, dtype=np.int8),
             json=np.array(jsons, dtype=np.int64).reshape(-1, 3),
             png=np.array(pngs, dtype=np.int64).reshape(-1, 3),
@@ -154,6 +188,10 @@ class ShardIndex:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{path}: the index is damaged ({error}); {REWRITE}") from error
+
+
+def _row(sample: ShardSample) -> tuple[Any, ...]:
+    return sample.key, TASKS.index(sample.record["task"]), sample.json, sample.image, sample.counts
 
 
 def _scan(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[Any, ...]]:
@@ -206,15 +244,19 @@ def _parse(body: bytes, where: str) -> dict[str, Any]:
 
 
 class ShardReader:
-    """Reads single samples of an index. Safe to use in forked and spawned workers: it keeps no file position."""
+    """Reads single samples of an index. Safe to use in forked and spawned workers: it keeps no file position.
 
-    def __init__(self, folder: Path, index: ShardIndex) -> None:
+    advice: what a shard that differs from the index calls for; `REINDEX` where the shards are not our own.
+    """
+
+    def __init__(self, folder: Path, index: ShardIndex, advice: str = REWRITE) -> None:
         self.folder = folder
         self.index = index
+        self.advice = advice
         self._files: dict[int, int] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "index": self.index, "_files": {}}
+        return {**vars(self), "_files": {}}
 
     def __del__(self) -> None:
         for descriptor in self._files.values():
@@ -226,7 +268,7 @@ class ShardReader:
         Raises:
             DataError: a shard that is missing, unreadable, cut off or damaged; the line names shard and key.
         """
-        record = _parse(self._member(sample, "json"), self.index.name(sample))
+        record = self.record(sample)
         if not self.index.png[sample, 1]:
             return record, None
         try:
@@ -235,17 +277,21 @@ class ShardReader:
             raise DataError(f"{self._where(sample)}: {error}") from error
         return record, self._pixels(sample, (width, height))
 
+    def record(self, sample: int) -> dict[str, Any]:
+        """The record alone. Raises DataError as `read` does."""
+        return _parse(self._member(sample, "json"), self.index.name(sample))
+
     def _pixels(self, sample: int, size: tuple[int, int]) -> Array:
         body = self._member(sample, "png")
+        pixels = size[0] * size[1]
         try:
-            with Image.open(io.BytesIO(body), formats=("PNG",)) as image:
-                if image.size != size or image.mode != "RGB":  # before anything is decoded
-                    raise DataError(f"{self._where(sample)}: {image.mode} {image.size}, announced as RGB {size}")
-                return np.asarray(image)
-        except (OSError, SyntaxError, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{self._where(sample)}: not a readable PNG ({error})") from error
+            header = read_header(body, max(pixels, MAX_PIXELS))
+            if header[:2] != size or header.mode != "RGB":  # before anything is decoded
+                where, found = self._where(sample), f"{header.mode} {tuple(header[:2])}"
+                raise DataError(f"{where}: {found}, announced as RGB {size}")
+            return decode_image(body, pixels)
+        except Refused as fault:
+            raise DataError(f"{self._where(sample)}: not a readable image ({fault})") from fault
 
     def _member(self, sample: int, kind: str) -> bytes:
         offset, size, checksum = (int(value) for value in getattr(self.index, kind)[sample])
@@ -253,16 +299,16 @@ class ShardReader:
         with readable_errors("read a shard", self._path(shard)):
             body = os.pread(self._open(shard), size, offset)
         if len(body) != size or zlib.crc32(body) != checksum:
-            raise DataError(f"{self._where(sample)}.{kind}: its checksum differs from the index; {REWRITE}")
+            raise DataError(f"{self._where(sample)}.{kind}: its checksum differs from the index; {self.advice}")
         return body
 
     def _open(self, shard: int) -> int:
         if shard not in self._files:
-            descriptor = os.open(self._path(shard), os.O_RDONLY)
+            descriptor = open_plain(self._path(shard))
             size, expected = os.fstat(descriptor).st_size, int(self.index.shard_bytes[shard])
             if size != expected:
                 os.close(descriptor)
-                raise DataError(f"{self._path(shard)}: {size} bytes where the index says {expected}; {REWRITE}")
+                raise DataError(f"{self._path(shard)}: {size} bytes where the index says {expected}; {self.advice}")
             self._files[shard] = descriptor
         return self._files[shard]
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import Regex, models, pre_tokenizers
 
+from symbiotic.convert.tokens import adapted
 from symbiotic.data.errors import DataError, readable_errors
 from symbiotic.images.tokenizer import ImageTokenizer
+from symbiotic.schema import ConfigError
 
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<image>", "</image>", "<gen>", "<null>", "<unk>")
 PAD, BOS, EOS, IMAGE, IMAGE_END, GEN, NULL, UNK = range(len(SPECIALS))
@@ -21,13 +24,32 @@ LETTERS = ("A", "B", "C", "D")
 _REMEMBERED = 4096  # texts
 
 
+def words_of(source: str | Path, key: str) -> str:
+    """The content of a `tokenizer.json` of ours: of a file as it is; of the folder of a pretrained model, its own with
+    the specials at ids 0 to 7 (`convert.tokens`). key: of the config, for messages.
+
+    Raises:
+        ConfigError: no such file or folder, or a tokenizer that cannot be one of ours.
+    """
+    if Path(source).is_dir():
+        return adapted(source, SPECIALS, key).text
+    if not Path(source).is_file():
+        right = "must be a tokenizer.json of ours, or the folder of a pretrained model with its tokenizer.json"
+        raise ConfigError(f"{key}={source}: no such file; {right}")
+    return Path(source).read_text(encoding="utf-8", errors="replace")
+
+
 class Tokenizer:
     """Text to token ids and back. Ids 0 to 7 are `SPECIALS`, in every tokenizer of this project.
 
-    images: that of the generated images, where they are codes (objective autoregressive).
+    images: that of the generated images, where they are codes (objective autoregressive). autoencoder: the one whose
+    latents they are (`symbiotic.images.kl`), where they are no patches of pixels; vision: the same of images that are
+    read (`symbiotic.images.vision`).
     """
 
     images: ImageTokenizer | None = None
+    autoencoder: Any = None
+    vision: Any = None
 
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         self.inner = inner
@@ -57,6 +79,11 @@ class Tokenizer:
         """
         with readable_errors("read the tokenizer", Path(path)):
             text = Path(path).read_text(errors="replace")
+        return cls.of_text(text, path)
+
+    @classmethod
+    def of_text(cls, text: str, path: str | Path) -> Tokenizer:
+        """The content of a `tokenizer.json`; path: where it is from, for messages. Raises as `load` does."""
         try:
             inner = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # the library raises plain Exception

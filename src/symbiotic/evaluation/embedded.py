@@ -28,7 +28,31 @@ from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.images.tokenizer import ImageTokenizer
 from symbiotic.schema import Evaluation, Objective
 
-__all__ = ["EmbeddedEvaluation", "Scores"]
+__all__ = ["EmbeddedEvaluation", "Scores", "corpus_suite", "has_benchmarks"]
+
+
+def has_benchmarks(corpus: Path) -> bool:
+    """Whether a corpus comes with the embedded benchmarks; shards from elsewhere do not."""
+    return (corpus / "benchmarks").is_dir()
+
+
+def corpus_suite(
+    corpus: Path,
+    cfg: Evaluation,
+    objective: Objective,
+    more: Sequence[Benchmark],
+    images: ImageTokenizer | None,
+    size: tuple[int, int],
+) -> Suite:
+    """What a run on a corpus is measured on: the embedded benchmarks where it has them, and what is configured.
+
+    size: (height, width) of images, where no benchmark says.
+    """
+    if has_benchmarks(corpus):
+        return EmbeddedEvaluation(corpus, cfg, objective, cfg.scorers, more, images)
+    tokenizer = Tokenizer.load(corpus / "tokenizer.json")
+    tokenizer.images = images
+    return Suite(more, tokenizer, objective, size, cfg.batch_size, caption_tokens=cfg.caption_tokens)
 
 
 class EmbeddedEvaluation(Suite):

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from symbiotic.files import commit
+
 _MARGIN, _FONT = 10, 13
 
 
@@ -51,8 +53,4 @@ def _enlarge(image: Image.Image, width: int) -> Image.Image:
 
 def save_png(picture: Image.Image, path: Path) -> Path:
     """The file appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, format="PNG")
-    temporary.replace(path)
-    return path
+    return commit(path, lambda temporary: picture.save(temporary, format="PNG"))

@@ -7,11 +7,13 @@ and every other user of a trained model come through here.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from symbiotic.data.encoded import read_with, with_vectors
 from symbiotic.data.formats import generation_parts
 from symbiotic.data.packing import Sample, before_image, build_sample, collate, with_codes
 from symbiotic.data.tokenizer import EOS, Tokenizer
@@ -19,7 +21,7 @@ from symbiotic.evaluation.benchmark import device_of
 from symbiotic.generation.codes import sample_codes, start_draws
 from symbiotic.generation.images import needs_unguided, sample_latents, start_noise, to_pixels
 from symbiotic.generation.text import greedy, last_logits
-from symbiotic.models.batch import Batch
+from symbiotic.models.batch import VAE, Batch
 from symbiotic.schema import Objective
 
 MASK_PLACES = 2**25
@@ -44,6 +46,7 @@ def answers(
 
     batch_size: rows of a forward, at most; see `by_length`.
     """
+    samples = samples if tokenizer.vision is None else read_with(tokenizer.vision, samples)
     decoded = [""] * len(samples)
     for places in by_length([len(sample) + max_new_tokens for sample in samples], batch_size):
         batch = one_a_row([samples[i] for i in places]).to(device_of(model))
@@ -85,12 +88,22 @@ def caption_samples(
     images = [empty] * len(captions) if pixels is None else list(pixels)
     parts = [generation_parts(i, c, tokenizer) for i, c in zip(images, captions, strict=True)]
     samples = [build_sample(str(c), "t2i", part) for c, part in zip(captions, parts, strict=True)]
+    if tokenizer.autoencoder is not None:
+        return [with_vectors(s, VAE, v) for s, v in zip(samples, _latents(tokenizer.autoencoder, images), strict=True)]
     if tokenizer.images is None:
         return samples
     if pixels is None:
         return [with_codes(sample, np.zeros(len(sample.latents))) for sample in samples]
     codes = tokenizer.images.encode(torch.from_numpy(np.stack(images))).cpu().numpy()
     return [with_codes(sample, own) for sample, own in zip(samples, codes, strict=True)]
+
+
+def _latents(autoencoder: Any, images: Sequence[np.ndarray]) -> np.ndarray:
+    """[n, h, w, P] of pictures of one size; zeros, which are only places, where they are black all over."""
+    h, w = autoencoder.grid(*images[0].shape[:2])
+    if not any(image.any() for image in images):
+        return np.zeros((len(images), h, w, autoencoder.patch_dim), np.float32)
+    return np.asarray(autoencoder.encode(torch.from_numpy(np.stack(images))).cpu().numpy())
 
 
 def pictures(
@@ -140,7 +153,7 @@ def drawn(
     if objective.name == "flow":
         noise, batch = start_noise(seed, numbers, *latents), one_a_row(rows)
         made = sample_latents(model, batch.to(device), noise, objective.sampler, objective.prediction)
-        return to_pixels(made, *size)
+        return to_pixels(made, *size) if tokenizer.autoencoder is None else tokenizer.autoencoder.decode(made, *size)
     assert tokenizer.images is not None
     draws, batch = start_draws(seed, numbers, latents[0]), one_a_row([before_image(row) for row in rows])
     grid = torch.from_numpy(rows[0].latent_grid)

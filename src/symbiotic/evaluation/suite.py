@@ -17,6 +17,7 @@ from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Record, Value, measuring
 from symbiotic.evaluation.context import Context
 from symbiotic.evaluation.prompts import MAX_TOKENS
+from symbiotic.redact import redacted_text
 from symbiotic.schema import ConfigError, Objective
 
 ERRORS = "errors"
@@ -85,7 +86,7 @@ class Scores(dict[str, float]):
         for benchmark, text in self.tracebacks.items():
             path = folder / ERRORS / f"{benchmark}.txt"
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+            path.write_text(redacted_text(text), encoding="utf-8", errors="backslashreplace")
 
 
 def unforeseen(error: Exception) -> str:

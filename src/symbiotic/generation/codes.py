@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from symbiotic.generation.images import needs_unguided
-from symbiotic.generation.text import prompt_lengths
-from symbiotic.models.batch import IGNORE, VAE, Batch
+from symbiotic.generation.text import one_place, prompt_lengths
+from symbiotic.models.batch import VAE, Batch
 from symbiotic.models.cache import KVCache
 from symbiotic.objectives.autoregressive import START
 from symbiotic.schema import Sampler
@@ -87,25 +87,18 @@ def sample_codes(model: nn.Module, prompts: Batch, grid: Tensor, draws: Tensor, 
 
 def next_code(prompts: Batch, code_R: Tensor, position_R: Tensor, grid_2: Tensor) -> Batch:
     """One place a row: the input of the code that stands at `grid_2`."""
-    rows, device = len(code_R), code_R.device
-    one = torch.zeros(rows, 1, dtype=torch.long, device=device)
-    none = torch.zeros(rows, 0, device=device)
-    return Batch(
-        tokens=one,
-        kind=one + VAE,
+    rows = len(code_R)
+    image = torch.ones_like(code_R)[:, None]
+    none = torch.zeros(rows, 0, device=code_R.device)
+    return one_place(
+        prompts,
+        kind=image * VAE,
         position=position_R[:, None],
-        segment=one,
-        span=one,
-        causal=one == 0,
-        target=one + IGNORE,
-        task=prompts.task[:, :1],
-        vit_patches=prompts.vit_patches[:0],
-        vit_grid=prompts.vit_grid[:0],
+        span=image,
+        causal=image == 1,
         latents=none,
         codes=code_R,
         latent_grid=grid_2.expand(rows, 2),
         noise=none,
-        time=torch.zeros(rows, device=device),
-        ce_norm=prompts.ce_norm,
-        flow_norm=prompts.flow_norm,
+        time=torch.zeros(rows, device=code_R.device),
     )

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from symbiotic.models.batch import Batch
+from symbiotic.generation.text import prompt_lengths
+from symbiotic.models.batch import TEXT, Batch
+from symbiotic.models.cache import KVCache
 from symbiotic.models.embeddings import unpatchify
 from symbiotic.objectives.flow import shift_time, velocity_from
 from symbiotic.schema import Sampler
@@ -65,19 +67,51 @@ def sample_latents(model: nn.Module, batch: Batch, noise: Tensor, sampler: Sampl
         )
     x_LP = noise.reshape(-1, patch_dim).to(batch.latents)
     times = euler_times(sampler.steps, sampler.time_shift)
-    for now, then in itertools.pairwise(times):
-        x_LP = x_LP + (then - now) * _velocity(model, batch, x_LP, now, sampler.guidance, prediction)
+    prompts, images = cut_before_images(batch, latents)
+    cache, nothing = KVCache(), torch.zeros_like(prompts.target, dtype=torch.bool)
+    with torch.compiler.set_stance("force_eager"):  # a compiled block would be compiled again for every length
+        model(prompts, logits_at=nothing, cache=cache)  # no time is in it: computed once for all steps
+        cache.fixed = True
+        for now, then in itertools.pairwise(times):
+            by_time = _velocity(model, images, x_LP, now, sampler.guidance, prediction, cache)
+            x_LP = x_LP + (then - now) * by_time
     return x_LP.view(n, latents, patch_dim)
 
 
-def _velocity(model: nn.Module, batch: Batch, x_LP: Tensor, time: float, guidance: float, prediction: str) -> Tensor:
+def cut_before_images(batch: Batch, latents: int) -> tuple[Batch, Batch]:
+    """Rows of one sample that ends in an image of so many latents -> what stands before the images, and the images.
+
+    Raises:
+        ValueError: a row that is not exactly one sample from place 0.
+    """
+    before_B1 = prompt_lengths(batch)[:, None] - latents
+    words, image = (torch.arange(n, device=batch.kind.device) for n in (int(before_B1.max()), latents))
+    prompts = _places(batch, words.expand(len(before_B1), -1))
+    padding = words >= before_B1
+    fill = {"tokens": 0, "kind": TEXT, "segment": -1, "span": -1}
+    prompts |= {name: prompts[name].masked_fill(padding, value) for name, value in fill.items()}
+    none = {name: getattr(batch, name)[:0] for name in ("latents", "codes", "latent_grid", "noise", "time")}
+    read = {name: getattr(batch, name)[:0] for name in ("vit_patches", "vit_grid")}
+    images = _places(batch, before_B1 + image)
+    return dataclasses.replace(batch, **prompts, **none), dataclasses.replace(batch, **images, **read)
+
+
+def _places(batch: Batch, place_BT: Tensor) -> dict[str, Tensor]:
+    """The fields of the tokens at these places of each row."""
+    names = ("tokens", "kind", "position", "segment", "span", "causal", "target", "task")
+    return {name: getattr(batch, name).gather(1, place_BT) for name in names}
+
+
+def _velocity(
+    model: nn.Module, batch: Batch, x_LP: Tensor, time: float, guidance: float, prediction: str, cache: KVCache
+) -> Tensor:
     """Classifier-free guidance: `v_free + g (v_caption - v_free)` (arXiv 2207.12598)."""
     guided = needs_unguided(guidance)
     all_x = torch.cat([x_LP, x_LP]) if guided else x_LP
     all_t = torch.full_like(batch.time, time)
     nothing = torch.zeros_like(batch.target, dtype=torch.bool)
     step = dataclasses.replace(batch, latents=all_x, noise=all_x, time=all_t)
-    out = model(step, logits_at=nothing).prediction.to(all_x.dtype)
+    out = model(step, logits_at=nothing, cache=cache).prediction.to(all_x.dtype)
     velocity = velocity_from(out, all_x, all_t, prediction)
     if not guided:
         return velocity

@@ -1,29 +1,18 @@
 """Greedy decoding through the training forward, batched over prompts of different lengths.
 
-Every token is computed again at every step (no key/value cache): answers here are two to four tokens.
+A prompt is computed once, then one place a row and token, beside the keys and values of what stands before.
 Shapes: B prompts (one a row), T places a row, V vocabulary.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from symbiotic.models.batch import IGNORE, TEXT, Batch
-
-_PADDING = {
-    "tokens": 0,
-    "kind": TEXT,
-    "position": 0,
-    "segment": -1,
-    "span": -1,
-    "causal": 0,
-    "target": IGNORE,
-    "task": -1,
-}
+from symbiotic.models.cache import KVCache
 
 
 def prompt_lengths(prompts: Batch) -> Tensor:
@@ -46,9 +35,9 @@ def last_logits(model: nn.Module, prompts: Batch) -> Tensor:
     return _logits_at(model, prompts, last)
 
 
-def _logits_at(model: nn.Module, batch: Batch, place_B: Tensor) -> Tensor:
+def _logits_at(model: nn.Module, batch: Batch, place_B: Tensor, **more: Any) -> Tensor:
     places = torch.arange(batch.tokens.shape[1], device=place_B.device)
-    return model(batch, logits_at=places == place_B[:, None]).logits.float()
+    return model(batch, logits_at=places == place_B[:, None], **more).logits.float()
 
 
 @torch.no_grad()
@@ -61,36 +50,38 @@ def greedy(model: nn.Module, prompts: Batch, eos: int, max_new_tokens: int) -> l
     Raises:
         ValueError: a row that is not exactly one sample from place 0.
     """
-    length = prompt_lengths(prompts)
-    batch = _resized(prompts, int(length.max()))
-    running = torch.ones_like(length, dtype=torch.bool)
-    answers: list[list[int]] = [[] for _ in range(len(length))]
-    for _ in range(max_new_tokens):
-        chosen = _logits_at(model, batch, length - 1).argmax(-1)
-        running &= chosen != eos
-        for row in running.nonzero().squeeze(-1).tolist():
-            answers[row].append(int(chosen[row]))
-        if not running.any():
-            break
-        batch = _appended(batch, chosen, length, running)
-        length = length + running
+    length_B = prompt_lengths(prompts)
+    answers: list[list[int]] = [[] for _ in range(len(length_B))]
+    running_B, token_B, cache = torch.ones_like(length_B, dtype=torch.bool), torch.zeros_like(length_B), KVCache()
+    with torch.compiler.set_stance("force_eager"):  # a compiled block would be compiled again for every length
+        for number in range(max_new_tokens):
+            if number == 0:
+                logits = _logits_at(model, prompts, length_B - 1, cache=cache)
+            else:
+                logits = _after(model, prompts, token_B, length_B + number - 1, running_B, cache)
+            token_B = token_B.masked_scatter(running_B, logits.argmax(-1))
+            running_B = running_B & (token_B != eos)
+            for row in running_B.nonzero().squeeze(-1).tolist():
+                answers[row].append(int(token_B[row]))
+            if not running_B.any():
+                break
     return answers
 
 
-def _appended(batch: Batch, token_B: Tensor, length_B: Tensor, running_B: Tensor) -> Batch:
-    """The batch with `token_B` put behind the running rows."""
-    batch = _resized(batch, max(batch.tokens.shape[1], int((length_B + running_B).max())))
-    row = running_B.nonzero().squeeze(-1)
-    place = length_B[row]
-    task = batch.task[row, place - 1]
-    values = {"tokens": token_B[row], "position": place, "segment": torch.zeros_like(place), "task": task}
-    for name, value in values.items():
-        getattr(batch, name)[row, place] = value
-    return batch
+def _after(
+    model: nn.Module, prompts: Batch, token_B: Tensor, place_B: Tensor, running_B: Tensor, cache: KVCache
+) -> Tensor:
+    """[n, V]: logits behind `token_B` at `place_B`, of the n rows that run; the others get padding."""
+    segment = running_B[:, None].long() - 1
+    step = one_place(prompts, tokens=token_B[:, None], position=place_B[:, None], segment=segment)
+    return model(step, logits_at=running_B[:, None], cache=cache).logits.float()
 
 
-def _resized(batch: Batch, width: int) -> Batch:
-    """A copy with rows of `width` places: cut, or padded on the right."""
-    more = width - batch.tokens.shape[1]
-    changed = {name: F.pad(getattr(batch, name)[:, :width], (0, max(0, more)), value=v) for name, v in _PADDING.items()}
-    return dataclasses.replace(batch, **{name: value.clone() for name, value in changed.items()})
+def one_place(prompts: Batch, **given: Tensor) -> Batch:
+    """One more place a row of the same samples: a word, unless the fields that are given say otherwise."""
+    zero = torch.zeros(len(prompts.tokens), 1, dtype=torch.long, device=prompts.tokens.device)
+    words = {"tokens": zero, "kind": zero + TEXT, "position": zero, "segment": zero, "span": zero - 1}
+    words |= {"causal": zero == 1, "target": zero + IGNORE, "task": prompts.task[:, :1], "codes": prompts.codes[:0]}
+    images = {name: getattr(prompts, name)[:0] for name in ("vit_patches", "vit_grid", "latents", "latent_grid")}
+    rest = {"noise": prompts.noise[:0], "time": prompts.time[:0]}
+    return Batch(**{**words, **images, **rest, "ce_norm": prompts.ce_norm, "flow_norm": prompts.flow_norm, **given})

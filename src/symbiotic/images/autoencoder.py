@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from symbiotic.files import replace_with
+from symbiotic.files import write_bytes
 from symbiotic.images.quantiser import Codebook
 from symbiotic.images.tokenizer import ImageTokenizer
 
@@ -86,7 +86,7 @@ class VQAutoencoder(ImageTokenizer):
 
         state = {name: value.detach().cpu().contiguous() for name, value in self.state_dict().items()}
         content = save(state, {"image_tokenizer": json.dumps({"kind": "autoencoder", "arguments": self.arguments})})
-        return replace_with(path, lambda p: p.write_bytes(content))
+        return write_bytes(path, content)
 
     @classmethod
     def restore(cls, arguments: dict[str, Any], state: dict[str, Tensor]) -> VQAutoencoder:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from symbiotic.files import replace_with
+from symbiotic.files import write_bytes
 from symbiotic.images.layouts import CODES, arguments, own_names, to_diffusers
 from symbiotic.images.quantiser import nearest
 from symbiotic.images.tokenizer import KEY, ImageTokenizer
@@ -142,7 +142,7 @@ class CheckpointTokenizer(ImageTokenizer):
 
         where = {"path": str(self.source.path.resolve()), "layout": self.source.layout, "fingerprint": self.fingerprint}
         content = save({}, {"image_tokenizer": json.dumps({"kind": "checkpoint", "arguments": where})})
-        return replace_with(path, lambda p: p.write_bytes(content))
+        return write_bytes(path, content)
 
 
 def restore(arguments: dict[str, Any], state: dict[str, Tensor]) -> ImageTokenizer:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from symbiotic.models.fused import RMSNorm, rotate, scale_gradient
 from symbiotic.models.lora import Adaptable
-from symbiotic.models.places import Places, scale_gradient
+from symbiotic.models.places import Places
 from symbiotic.schema import Attention as AttentionConfig
 from symbiotic.schema import Model, System
 
@@ -38,13 +39,6 @@ def rope_angles(position_N: Tensor, head_dim: int, theta: float) -> tuple[Tensor
     return angles.cos(), angles.sin()
 
 
-def rotate(x_NHh: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs (i, i + h/2) of each head, the convention of the Llama and Qwen families."""
-    cos, sin = (a.to(x_NHh.dtype) for a in angles)
-    first, second = x_NHh.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
 class Projections(Adaptable):
     """One stream's norm, Q, K, V, O and QK-norm."""
 
@@ -52,15 +46,15 @@ class Projections(Adaptable):
         super().__init__()
         self.cfg = cfg
         queries, keys = cfg.num_heads * cfg.head_dim, cfg.num_kv_heads * cfg.head_dim
-        self.norm = nn.RMSNorm(width, eps=eps)
+        self.norm = RMSNorm(width, eps=eps)
         self.q = nn.Linear(width, queries, bias=cfg.qkv_bias)
         self.k = nn.Linear(width, keys, bias=cfg.qkv_bias)
         self.v = nn.Linear(width, keys, bias=cfg.qkv_bias)
         self.o = nn.Linear(queries, width, bias=False)
         if cfg.qk_norm != "none":
             head = cfg.qk_norm == "head"
-            self.q_norm = nn.RMSNorm(cfg.head_dim if head else queries, eps=eps)
-            self.k_norm = nn.RMSNorm(cfg.head_dim if head else keys, eps=eps)
+            self.q_norm = RMSNorm(cfg.head_dim if head else queries, eps=eps)
+            self.k_norm = RMSNorm(cfg.head_dim if head else keys, eps=eps)
 
     def qkv(self, x_ND: Tensor) -> Tensor:
         """[N, (H + 2G) * h], normed where the config says so."""
@@ -108,6 +102,8 @@ class Attention(nn.ModuleDict):
 
     def softmax(self, q_NHh: Tensor, k_NGh: Tensor, v_NGh: Tensor, places: Places) -> Tensor:
         """[N, H, h]: scaled dot products over the packed rows under the batch's mask."""
+        if places.runs and not torch.compiler.is_compiling():
+            return self.by_sample(q_NHh, k_NGh, v_NGh, places)
         groups = self.cfg.num_heads // self.cfg.num_kv_heads
         rows = (x.unflatten(0, places.shape).transpose(1, 2) for x in (q_NHh, k_NGh, v_NGh))
         q, k, v = rows
@@ -117,3 +113,14 @@ class Attention(nn.ModuleDict):
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=places.mask)
         return y.transpose(1, 2).flatten(0, 1)
+
+    def by_sample(self, q_NHh: Tensor, k_NGh: Tensor, v_NGh: Tensor, places: Places) -> Tensor:
+        """The same, one call a sample: a row of m samples has m times as many pairs as they have by themselves."""
+        groups = self.cfg.num_heads // self.cfg.num_kv_heads
+        k, v = (x.repeat_interleave(groups, 1) for x in (k_NGh, v_NGh)) if groups > 1 else (k_NGh, v_NGh)
+        samples = zip(*(x.split(places.runs) for x in (q_NHh, k, v)), places.run_masks, strict=True)
+        parts = []
+        for *qkv, mask in samples:
+            q, k, v = (x.transpose(0, 1)[None] for x in qkv)
+            parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1))
+        return torch.cat(parts)

@@ -15,9 +15,11 @@ class KVCache:
     """One sample a row: the prompt in the first forward, padded on the right, then any number of tokens a forward.
 
     Padding stays in it, masked. Every step copies what there is (`cat`); it is made for sequences of hundreds.
+    fixed: nothing is added any more, so that the same places can be computed again and again (the flow's steps).
     """
 
     def __init__(self) -> None:
+        self.fixed = False
         self.seen_BS: Tensor | None = None
         self._kept: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
@@ -34,10 +36,13 @@ class KVCache:
             k_BGTh, v_BGTh = (
                 torch.cat([old, new], dim=2) for old, new in zip(self._kept[layer], (k_BGTh, v_BGTh), strict=True)
             )
-        self._kept[layer] = (k_BGTh, v_BGTh)
+        if not self.fixed:
+            self._kept[layer] = (k_BGTh, v_BGTh)
         return k_BGTh, v_BGTh
 
     def keep(self, batch: Batch) -> None:
         """Called by the model at the end of a forward: the tokens of `batch` are seen from now on."""
+        if self.fixed:
+            return
         valid_BT = batch.segment >= 0
         self.seen_BS = valid_BT if self.seen_BS is None else torch.cat([self.seen_BS, valid_BT], dim=1)

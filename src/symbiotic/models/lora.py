@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from symbiotic.layout import adapted, lora_place
+from symbiotic.models.expert_parallel import local
 from symbiotic.models.places import product
 from symbiotic.schema import Lora
 
@@ -35,8 +36,8 @@ class LowRank(nn.Module):
 
     def forward(self, x_ND: Tensor, weight_scale_N1: Tensor | None = None, ends_E: Tensor | None = None) -> Tensor:
         """[N, F]; the arguments are those of `places.product`."""
-        narrow_Nr = product(x_ND, self.a, weight_scale_N1, ends_E)
-        return self.scale * product(narrow_Nr, self.b, weight_scale_N1, ends_E)
+        narrow_Nr = product(x_ND, local(self.a), weight_scale_N1, ends_E)
+        return self.scale * product(narrow_Nr, local(self.b), weight_scale_N1, ends_E)
 
 
 class Adaptable(nn.Module):
@@ -52,7 +53,7 @@ class Adaptable(nn.Module):
 
     def times(self, leaf: str, x_ND: Tensor, *rows: Tensor | None) -> Tensor:
         """The product with the parameter `leaf`, update included; rows as in `places.product`."""
-        return self.updated(leaf, product(x_ND, getattr(self, leaf), *rows), x_ND, *rows)
+        return self.updated(leaf, product(x_ND, local(getattr(self, leaf)), *rows), x_ND, *rows)
 
 
 def attach(model: nn.Module, lora: Lora, initial: Initial) -> None:

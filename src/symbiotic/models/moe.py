@@ -6,18 +6,21 @@ of a pool (or all), C router columns, K of top-k, A = N*K assignments, M kinds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.distributed import ProcessGroup
 
 from symbiotic.layout import mixes, pool_sizes, router_of, router_pools, shared_scopes, shield_kinds
 from symbiotic.models.balance import z_loss
+from symbiotic.models.expert_parallel import exchanged, local
+from symbiotic.models.fused import combine, gather, scale_gradient, swiglu
 from symbiotic.models.lora import Adaptable
-from symbiotic.models.places import Places, product, scale_gradient
+from symbiotic.models.places import Places, product
 from symbiotic.models.routing import Columns, columns_to_experts, count_by_kind, route, straight_through
 from symbiotic.models.task_router import TaskRouter, TaskStats
 from symbiotic.schema import KINDS, Model, System
@@ -42,17 +45,13 @@ class LayerStats(NamedTuple):
     task: TaskStats | None = None
 
 
-def swiglu(gate_up: Tensor) -> Tensor:
-    """[..., 2F] -> [..., F]: `silu(gate) * up`, gate and up fused in one product."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
 class Experts(Adaptable):
     """One pool: E SwiGLU experts in stacked weights, one `grouped_mm` for all of them.
 
     An `nn.ModuleList` would crash DDP when an expert gets no token (spec: reliability 1.12); stacked weights do not.
     """
+
+    group: ProcessGroup | None = None  # of the ranks that share the experts out (see `expert_parallel`)
 
     def __init__(self, num_experts: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -64,8 +63,13 @@ class Experts(Adaptable):
 
         weight_scale_A1: factor on each row's part in the gradient of the weights (shield mode `weights`).
         """
+        if self.group is None:
+            return self.compute(x_AD, ends_E, weight_scale_A1)
+        return exchanged(self.compute, self.group, x_AD, ends_E, weight_scale_A1)
+
+    def compute(self, x_AD: Tensor, ends_E: Tensor, weight_scale_A1: Tensor | None = None) -> Tensor:
         if len(x_AD) == 0:  # the backward of grouped_mm refuses an empty operand; the weights must stay in the graph
-            return x_AD + 0.0 * sum(weight.sum() for weight in self.parameters())
+            return x_AD + 0.0 * sum(local(weight).sum() for weight in self.parameters())
         hidden_AF = swiglu(self.times("w_in", x_AD, weight_scale_A1, ends_E))
         return self.times("w_out", hidden_AF, weight_scale_A1, ends_E)
 
@@ -112,7 +116,8 @@ class MoE(nn.Module):
             self.routers[name] = nn.Parameter(torch.empty(model.width, sizes[pool]))
         self.scopes = {"dense": KINDS} if dense else shared_scopes(system)
         hidden = dense or model.shared_hidden + (0 if sizes else model.router.top_k * model.expert_hidden)
-        self.shared = nn.ModuleDict({s: SharedExpert(model.width, hidden, model.gated_shared) for s in self.scopes})
+        gated = model.gated_shared and not dense  # the FFN of a dense layer is no shared expert (Qwen2-MoE)
+        self.shared = nn.ModuleDict({s: SharedExpert(model.width, hidden, gated) for s in self.scopes})
         self.mix = nn.Parameter(torch.empty(1)) if sizes and mixes(system) else None
         self.task_router: TaskRouter | None = None
         if sizes:
@@ -189,26 +194,28 @@ class MoE(nn.Module):
         sorted_A, order_A = experts_A.sort(stable=True)
         every_E = torch.arange(self.num_experts, device=sorted_A.device)
         ends_E = torch.searchsorted(sorted_A, every_E, right=True, out_int32=True)
-        y_AD = self.run_pools(x_ND, order_A // experts_NK.shape[1], ends_E, places)
         place_A = torch.empty_like(order_A).scatter_(0, order_A, torch.arange(len(order_A), device=order_A.device))
-        return (gates_NK[..., None] * y_AD[place_A].view(*experts_NK.shape, -1)).sum(1)
+        x_AD = gather(x_ND, order_A, place_A)
+        y_AD = self.run_pools(x_AD, order_A // experts_NK.shape[1], ends_E, places)
+        return combine(y_AD, gates_NK, order_A, place_A)
 
     @torch.compiler.disable
-    def run_pools(self, x_ND: Tensor, tokens_A: Tensor, ends_E: Tensor, places: Places) -> Tensor:
+    def run_pools(self, x_AD: Tensor, tokens_A: Tensor, ends_E: Tensor, places: Places) -> Tensor:
         """[A, D]: what the expert of each assignment makes of its token; zero behind the last expert (padding).
 
         The one place where the host waits: it cuts the sorted tokens into pools. So it is the one break in the graph of
         a compiled block, and stays eager.
         """
         ends, start, first, outputs = ends_E.tolist(), 0, 0, []
+        last = [0, *itertools.accumulate(len(pool.w_in) for pool in self.pools.values())]  # type: ignore[arg-type]
+        cuts = [0, *(ends[after - 1] for after in last[1:]), len(x_AD)]
+        *rows, behind = x_AD.split([b - a for a, b in itertools.pairwise(cuts)])
         for name, pool in self.pools.items():
             after = first + len(pool.w_in)  # type: ignore[arg-type]
-            rows_a = tokens_A[start : ends[after - 1]]
-            scale_a1 = self.gradient_scale(f"pools.{name}", rows_a, places)
-            outputs.append(self.shielded(pool, scale_a1, x_ND[rows_a], ends_E[first:after] - start))
+            scale_a1 = self.gradient_scale(f"pools.{name}", tokens_A[start : ends[after - 1]], places)
+            outputs.append(self.shielded(pool, scale_a1, rows.pop(0), ends_E[first:after] - start))
             start, first = ends[after - 1], after
-        outputs.append(x_ND.new_zeros(len(tokens_A) - start, x_ND.shape[1]))
-        return torch.cat(outputs)
+        return torch.cat([*outputs, torch.zeros_like(behind)]) if len(outputs) > 1 or len(behind) else outputs[0]
 
     # ------------------------------------------------------------------ shared experts, and the shield
 

@@ -5,6 +5,7 @@ Suffixes: B rows, T places a row, N = B*T tokens, M kinds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -42,7 +43,9 @@ class Places:
         self.kinds_NM = (one_hot & self.valid_N[:, None]).float()
         self.tokens_M = self.kinds_NM.sum(0)
         own = attention_mask(batch)
-        self.mask = own if cache is None else cache.mask(own)
+        self.runs = [] if cache is not None or own.device.type != "cpu" else worth_cutting(batch.segment)
+        self.mask = additive(own if cache is None else cache.mask(own))
+        self.run_masks = cut(self.mask, self.runs)
         self._index: dict[tuple[str, ...], Tensor] = {}
 
     def index(self, kinds: Sequence[str]) -> Tensor:
@@ -75,16 +78,6 @@ class Places:
         return torch.where(self.is_kind(kinds)[:, None], 1.0 - self.shield, 1.0)
 
 
-def scale_gradient(x: Tensor, scale: Tensor) -> Tensor:
-    """x, bit for bit, with its gradient multiplied by `scale`: `sg(x) + c (x - sg(x))` (Symbiotic-MoE).
-
-    It stands in the forward graph and per token, because Adam is scale-free: scaling `.grad` afterwards is not
-    the same thing. `scale` is a tensor, so that a change of phase changes no graph.
-    """
-    fixed = x.detach()
-    return fixed + scale.to(x.dtype) * (x - fixed)
-
-
 class _Product(torch.autograd.Function):
     """`x @ w` whose gradient of w takes what each row adds to it times a scale; with `ends_E`, expert by expert."""
 
@@ -109,7 +102,19 @@ def product(x_ND: Tensor, w: Tensor, weight_scale_N1: Tensor | None = None, ends
     """
     if weight_scale_N1 is not None:
         return _Product.apply(x_ND, w, weight_scale_N1, ends_E)
-    return x_ND @ w if ends_E is None else F.grouped_mm(x_ND, w, offs=ends_E)
+    return x_ND @ w if ends_E is None else F.grouped_mm(*autocast(x_ND, w), offs=ends_E)
+
+
+def autocast(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the type of the autocast that is on, as it would cast for `x @ w`: it does not know `grouped_mm` (torch
+    2.15), and experts would be computed in float32. As they are where the kernel could not take them: it wants rows
+    of a multiple of 16 bytes."""
+    device = x.device.type
+    aligned = all(size % 8 == 0 for size in (*x.shape[-1:], *w.shape[-2:]))
+    if not (torch.is_autocast_enabled(device) and aligned):
+        return x, w
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), w.to(dtype)
 
 
 def attention_mask(batch: Batch) -> Tensor:
@@ -124,6 +129,30 @@ def attention_mask(batch: Batch) -> Tensor:
     same_image = (span[:, :, None] == span[:, None, :]) & (span >= 0)[:, :, None] & ~batch.causal[:, :, None]
     earlier = places[:, None] >= places[None, :]
     return (same_sample & (earlier | same_image))[:, None]
+
+
+def additive(mask: Tensor) -> Tensor:
+    """On the CPU 0 and -inf for True and False: there a kernel makes this of a boolean mask in every layer."""
+    return mask if mask.device.type != "cpu" else torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+
+
+def worth_cutting(segment_BT: Tensor, saved: int = 8192) -> list[int]:
+    """Lengths of the samples, one after the other over all rows (padding is one too), if attention should take them
+    one by one: if that saves so many pairs of query and key for every further call. Else []."""
+    rows, width = segment_BT.shape
+    first_BT = torch.ones_like(segment_BT, dtype=torch.bool)
+    first_BT[:, 1:] = segment_BT[:, 1:] != segment_BT[:, :-1]
+    starts = first_BT.reshape(-1).nonzero().squeeze(-1)
+    lengths = starts.diff(append=starts.new_tensor([rows * width]))
+    worth = rows * width**2 - int(lengths.square().sum()) >= saved * len(lengths)
+    return lengths.tolist() if worth else []
+
+
+def cut(mask_B1TT: Tensor, lengths: list[int]) -> list[Tensor]:
+    """The part [1, 1, L, L] of each sample in its row's mask."""
+    width, ends = mask_B1TT.shape[-1], itertools.accumulate(lengths)
+    places = [divmod(end - length, width) + (length,) for end, length in zip(ends, lengths, strict=True)]
+    return [mask_B1TT[row : row + 1, :, at : at + length, at : at + length] for row, at, length in places]
 
 
 def latent_rows(batch: Batch) -> Tensor:

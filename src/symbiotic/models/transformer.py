@@ -8,6 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from symbiotic.layout import shared_scopes
 from symbiotic.models.attention import Attention, by_stream, rope_angles
+from symbiotic.models.fused import RMSNorm
 from symbiotic.models.moe import LayerStats, MoE
 from symbiotic.models.places import Places
 from symbiotic.schema import KINDS, Model, System
@@ -22,7 +23,7 @@ class Block(nn.Module):
         groups = [*system.streams.values(), *shared_scopes(system).values()]
         self.gathered = tuple(kinds for kinds in groups if set(kinds) != set(KINDS))  # streams, scopes of some tokens
         self.attention = Attention(model, system)
-        self.moe_norm = nn.ModuleDict({s: nn.RMSNorm(model.width, eps=model.norm_eps) for s in system.streams})
+        self.moe_norm = nn.ModuleDict({s: RMSNorm(model.width, eps=model.norm_eps) for s in system.streams})
         self.moe = MoE(model, system, dense=model.dense_hidden if layer in model.dense_layers else 0)
 
     def forward(self, x_ND: Tensor, places: Places, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, LayerStats | None]:

@@ -16,12 +16,13 @@ from symbiotic.models.attention import by_stream
 from symbiotic.models.batch import IGNORE, VIT, Batch
 from symbiotic.models.cache import KVCache
 from symbiotic.models.embeddings import GridEmbedding, TimeEmbedding
+from symbiotic.models.fused import RMSNorm
 from symbiotic.models.lora import attach
 from symbiotic.models.moe import LayerStats, LayerTrace
 from symbiotic.models.places import Places, latent_rows
 from symbiotic.models.routing import Columns, RoutingStats
 from symbiotic.models.transformer import Block, initial, run_blocks
-from symbiotic.schema import KINDS, Config, Lora, Model, System
+from symbiotic.schema import KINDS, Config, Lora, Model, RunError, System
 
 
 @dataclass
@@ -54,10 +55,11 @@ class UnifiedModel(nn.Module):
         self.cfg, self.system, self.latents, self.codebook = model, system, latents, codebook
         width = model.width
         self.embed = nn.Embedding(model.vocab_size, width)
-        self.vit_in = nn.Linear(model.patch_dim, width)
+        self.vit_dim = model.vit_dim or model.patch_dim
+        self.vit_in = nn.Linear(self.vit_dim, width)
         self.vit_grid = GridEmbedding(model.max_grid, width)
         self.blocks = nn.ModuleList(Block(model, system, layer) for layer in range(model.num_layers))
-        self.norm = nn.ModuleDict({s: nn.RMSNorm(width, eps=model.norm_eps) for s in system.streams})
+        self.norm = nn.ModuleDict({s: RMSNorm(width, eps=model.norm_eps) for s in system.streams})
         self.text_head = None if model.tied_head else nn.Linear(width, model.vocab_size, bias=False)
         if latents:
             self.latent_in = nn.Embedding(codebook + 1, width) if codebook else nn.Linear(model.patch_dim, width)
@@ -128,10 +130,11 @@ class UnifiedModel(nn.Module):
         kind_N = batch.kind.reshape(-1)
         x_ND = self.embed(batch.tokens.reshape(-1))
         dtype = self.embed.weight.dtype
-        read = self.vit_in(batch.vit_patches.to(dtype)) + self.vit_grid(batch.vit_grid)
+        read = self.vit_in(_as_wide(batch.vit_patches, self.vit_dim).to(dtype)) + self.vit_grid(batch.vit_grid)
         x_ND = x_ND.index_copy(0, (kind_N == VIT).nonzero().squeeze(-1), read.to(x_ND.dtype))
         if self.latents:
-            made = self.latent_in(batch.codes if self.codebook else batch.latents.to(dtype))
+            latents = batch.codes if self.codebook else _as_wide(batch.latents, self.cfg.patch_dim).to(dtype)
+            made = self.latent_in(latents)
             made = made + self.latent_grid(batch.latent_grid)
             if self.time_in is not None:
                 made = made + self.time_in(batch.time)
@@ -146,6 +149,14 @@ class UnifiedModel(nn.Module):
         tasks = [layer.task for layer in layers if layer.task is not None]
         predicted, sent = (torch.stack([t[i] for t in tasks]) if tasks else None for i in (1, 2))
         return RoutingStats(counts, probs, places.tokens_M, predicted, sent)
+
+
+def _as_wide(patches: Tensor, width: int) -> Tensor:
+    """No patches at all are as wide as any. Raises RunError: patches of another width."""
+    if len(patches) and patches.shape[1] != width:
+        what = f"patches of {patches.shape[1]} numbers, the model takes {width}"
+        raise RunError(f"{what}; where it was trained on vectors of an encoder, data.vision says which")
+    return patches if len(patches) else patches.new_zeros(0, width)
 
 
 def model_of(config: Config, latents: bool = True) -> UnifiedModel:

@@ -64,6 +64,18 @@ class Arm:
         """Seeds in which a collapse alarm changed the training."""
         return [run.seed for run in self.runs if run.summary.get("events", {}).get("intervention")]
 
+    @property
+    def changed(self) -> dict[int, list[str]]:
+        """Seed -> settings, or code, that were changed after the run had begun."""
+        keys = {run.seed: [change["key"] for change in run.summary.get("changes", ())] for run in self.runs}
+        return {seed: list(dict.fromkeys(found)) for seed, found in keys.items() if found}
+
+    @property
+    def skipped(self) -> dict[int, int]:
+        """Seed -> steps that were left out, as their loss or gradient was not finite."""
+        counts = {run.seed: run.summary.get("events", {}).get("skipped", 0) for run in self.runs}
+        return {seed: count for seed, count in counts.items() if count}
+
     def has(self, score: str) -> bool:
         """Whether a score of its runs means anything."""
         return self.generates or score.startswith("routing/") or metric(score).side != "generation"

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def notes(arms: Sequence[Arm], step: int | None) -> list[str]:
-    """Unequal seeds, scores without a number, alarms that changed the training, controls that did not see the same
-    understanding tokens."""
+    """Unequal seeds, scores without a number, alarms and users that changed the training, steps left out, controls that
+    did not see the same understanding tokens."""
     seeds = {arm.name: tuple(run.seed for run in arm.runs) for arm in arms}
     lines = []
     if len(set(seeds.values())) > 1:
@@ -28,6 +28,16 @@ def notes(arms: Sequence[Arm], step: int | None) -> list[str]:
         f"the collapse alarm changed the training of {arm.name}, seed {', '.join(map(str, arm.intervened))}"
         for arm in arms
         if arm.intervened
+    ]
+    lines += [
+        f"{arm.name}, seed {seed}, was changed after it had begun: {', '.join(keys)} (changes.json of its folder)"
+        for arm in arms
+        for seed, keys in arm.changed.items()
+    ]
+    lines += [
+        f"{arm.name}, seed {seed}: {count} steps were left out, as their loss or gradient was not finite"
+        for arm in arms
+        for seed, count in arm.skipped.items()
     ]
     named = {arm.name: arm for arm in arms}
     for arm in arms:

@@ -13,7 +13,7 @@ from symbiotic.checks.evaluation import EMBEDDED, ERRORS
 from symbiotic.config import instantiate
 from symbiotic.evaluation.benchmark import Benchmark, MissingAsset, Value
 from symbiotic.evaluation.context import Context
-from symbiotic.evaluation.embedded import EmbeddedEvaluation
+from symbiotic.evaluation.embedded import corpus_suite
 from symbiotic.evaluation.suite import Scores, Suite
 from symbiotic.schema import ConfigError, EvalConfig, Evaluation
 from symbiotic.trained import TOKENIZER, Trained, resampled
@@ -29,7 +29,7 @@ def make_suite(config: EvalConfig, trained: Trained) -> Suite:
     evaluation, more = config.evaluation, list(make_benchmarks(config.evaluation).values())
     if (trained.corpus / TOKENIZER).is_file():
         images = trained.tokenizer.images
-        suite: Suite = EmbeddedEvaluation(trained.corpus, evaluation, objective, evaluation.scorers, more, images)
+        suite = corpus_suite(trained.corpus, evaluation, objective, more, images, trained.size)
     else:
         others = {error for name, error in ERRORS.items() if name != objective.name}
         absent = [Absent(name, trained.corpus) for name in EMBEDDED if name not in others]

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from symbiotic.config import read_yaml
 from symbiotic.runs import VERSIONS
 from symbiotic.schema import Config, RunError, parse
 from symbiotic.studies import results_file
@@ -165,7 +166,7 @@ def absent(folder: Path, study: Study, arms: Mapping[str, list[Run]]) -> list[st
     begun, others = dict[tuple[str, int], str](), []
     for path, why in unfinished(folder).items():
         try:
-            config = plain(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+            config = plain(read_yaml(path / "config.yaml"))
             keys, seed = training_keys(config), int(config["seed"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             others.append(f"left out: {path}: {why}, and its config.yaml cannot be read")

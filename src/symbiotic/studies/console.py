@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -47,14 +47,17 @@ def make_table(
     rows: Iterable[Sequence[str]],
     caption: str | None = None,
     wrap: Sequence[int] = (),
+    words: Sequence[int] = (),
 ) -> RenderableType:
     """First column left, the others right; a row whose first cell is `total` stands below a line.
 
-    wrap: columns that may break over lines. The caption stands below at full width, whatever the table's.
+    wrap: columns that may break over lines. words: those of prose, which stand left and may break, too. The caption
+    stands below at full width, whatever the table's.
     """
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=i > 0 and i not in wrap)
+        justify: Literal["left", "right"] = "right" if i and i not in words else "left"
+        table.add_column(column, justify=justify, no_wrap=i > 0 and i not in wrap and i not in words)
     for row in rows:
         if row[0] == "total":
             table.add_section()
@@ -165,7 +168,8 @@ def split_table(receipt: Mapping[str, Any]) -> RenderableType:
     """Which experts of the parent went to which pool, layer by layer, and what became of the gates.
 
     receipt: `experts` [{pool: [expert, ..]} per layer], `parameters` {before, after, added, latent_modules},
-    `gate_identity` [{tokens_inside, max_gate_change, factor: [low, high]} per layer].
+    `gate_identity` [{tokens_inside, max_gate_change, factor: [low, high], choice_kept} per layer], `masks_off`
+    {max_logit_change} or None.
     """
     pools = list(receipt["experts"][0]) if receipt["experts"] else []
     rows = []
@@ -173,14 +177,25 @@ def split_table(receipt: Mapping[str, Any]) -> RenderableType:
         cells = [ranges(experts[pool]) for pool in pools]
         low, high = gates["factor"]
         factor = f"{low:.4g}" if f"{low:.4g}" == f"{high:.4g}" else f"{low:.4g}–{high:.4g}"
-        rows.append([str(layer), *cells, percent(gates["tokens_inside"], 1), f"{gates['max_gate_change']:.1e}", factor])
+        kept = percent(gates["choice_kept"], 1) if "choice_kept" in gates else NONE  # receipts of older code
+        inside = percent(gates["tokens_inside"], 1)
+        rows.append([str(layer), *cells, inside, kept, f"{gates['max_gate_change']:.1e}", factor])
     n = receipt["parameters"]
     caption = (
         f"Parameters {n['before']:,} before, {n['after']:,} after ({n['added']:+,}), and {n['latent_modules']:,} for "
         "latents. Top-k inside: tokens whose old experts are all still visible; gate change and factor are theirs."
     )
-    columns = ["layer", *(f"pool {pool}" for pool in pools), "top-k inside", "gate change", "gate factor"]
+    masks_off = receipt.get("masks_off")
+    if masks_off is not None:
+        caption += f" With the masks off, logits change by {masks_off['max_logit_change']:.1e} at most."
+    measured = ["top-k inside", "choice kept", "gate change", "gate factor"]
+    columns = ["layer", *(f"pool {pool} ({_size(receipt, pool)})" for pool in pools), *measured]
     return make_table("Split: experts of the parent by pool", columns, rows, caption, wrap=range(1, 1 + len(pools)))
+
+
+def _size(receipt: Mapping[str, Any], pool: str) -> int:
+    """Experts of a pool in a layer: as many in each."""
+    return len(receipt["experts"][0][pool])
 
 
 def ranges(numbers: Iterable[int]) -> str:

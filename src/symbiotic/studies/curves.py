@@ -10,6 +10,7 @@ from typing import Any
 from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.callbacks.events import Event, read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
+from symbiotic.files import commit
 
 Series = tuple[list[int], list[float]]
 """Steps and values of a metric."""
@@ -49,10 +50,7 @@ def draw_instruments(folder: Path, path: Path) -> Path | None:
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     figure.suptitle(folder.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    return temporary.replace(path)
+    return commit(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def read_series(path: Path) -> dict[str, Series]:

@@ -31,11 +31,11 @@ from symbiotic.evaluation.images import image_facts, load_image
 from symbiotic.evaluation.suite import ERRORS, Scores, Suite
 from symbiotic.runs import (
     VERSIONS,
+    commit,
     digest,
     locked,
     provenance,
     read_json,
-    replace_with,
     source_hash,
     state_hash,
     write_json,
@@ -136,7 +136,9 @@ class Session:
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that decides the scores."""
+        images = self.suite.tokenizer.images
         return {
+            **({"image_tokenizer": images.fingerprint} if images is not None else {}),
             "weights_hash": self.weights_hash,
             "seed": self.seed,
             "sampler": asdict(self.suite.objective.sampler),
@@ -289,7 +291,7 @@ def copy_missing(source: Path, target: Path) -> None:
     for file in files:
         to = target / file.name if source.is_dir() else target
         if file.is_file() and not to.exists():
-            replace_with(to, functools.partial(shutil.copyfile, file))
+            commit(to, functools.partial(shutil.copyfile, file))
 
 
 def draw_images(folder: Path, path: Path) -> None:

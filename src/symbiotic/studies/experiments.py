@@ -13,7 +13,8 @@ HEAD = """\
 # Experiments
 
 Dated, with their commands, machines, numbers and verdicts; what was not found stands as plainly as what was. Made by
-`python -m symbiotic.studies.experiments` from the pages below.
+`python -m symbiotic.studies.experiments` from the pages below; those of studies are begun by
+`python -m symbiotic.studies.page runs/NAME`, and people write what they say.
 
 | date | experiment | question |
 |---|---|---|

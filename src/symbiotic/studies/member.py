@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from symbiotic.claim import Claimed
+from symbiotic.redact import RedactedFile, redacted_text
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
 from symbiotic.studies import ledger
 
@@ -40,8 +41,11 @@ def run_member(config: Config, run: Callable[[Config], float]) -> float:
             value = told(run, config)
         if not config.parent_only:
             add_row(config, folder)
+    except KeyboardInterrupt:  # neither done nor failed: it goes on when the study does
+        raise
     except BaseException as error:
-        ledger.add(folder, entry(config, status_of(error), start, " ".join(str(error).split()) or type(error).__name__))
+        line = redacted_text(" ".join(str(error).split())) or type(error).__name__
+        ledger.add(folder, entry(config, status_of(error), start, line))
         raise
     ledger.add(folder, entry(config, "done", start))
     return value
@@ -80,12 +84,13 @@ def add_row(config: Config, folder: Path) -> None:
 
 @contextlib.contextmanager
 def output_to(path: Path) -> Iterator[None]:
-    """What the run prints goes to the end of a file: runs side by side would mix."""
+    """What the run prints goes to the end of a file, without secrets: runs side by side would mix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with (
         path.open("a", encoding="utf-8", buffering=1) as file,
-        contextlib.redirect_stdout(file),
-        contextlib.redirect_stderr(file),
+        contextlib.closing(RedactedFile(file)) as clean,
+        contextlib.redirect_stdout(clean),
+        contextlib.redirect_stderr(clean),
     ):
         yield
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from symbiotic.evaluation.images import load_image
 from symbiotic.evaluation.names import metric
-from symbiotic.runs import read_json, replace_with
+from symbiotic.runs import read_json, write_bytes
 from symbiotic.schema import EvalConfig, RunError
 from symbiotic.studies import report_html
 from symbiotic.studies.audit import audit_runs
@@ -111,7 +111,7 @@ def write_files(study: StudyData, made: Document, folder: Path) -> list[Path]:
     files["results.csv"] = results_csv(study).encode()
     files["report.md"] = report_html.markdown(made).encode()
     files["report.html"] = report_html.html(made).encode()
-    return [replace_with(folder / name, lambda path, data=data: path.write_bytes(data)) for name, data in files.items()]
+    return [write_bytes(folder / name, data) for name, data in files.items()]
 
 
 def drawings(made: Document, looks: Mapping[str, Look]) -> dict[str, np.ndarray]:

@@ -15,7 +15,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from symbiotic.runs import locked, replace_with
+from symbiotic.runs import locked, write_text
 from symbiotic.schema import RunError
 from symbiotic.studies.curves import Series
 from symbiotic.studies.runs_of import Run
@@ -93,7 +93,7 @@ def add_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
             writer = csv.DictWriter(out, list(columns), restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(everything)
-            replace_with(path, lambda temporary: temporary.write_text(out.getvalue(), encoding="utf-8"))
+            write_text(path, out.getvalue())
 
 
 # --------------------------------------------------------------------------- cells

@@ -7,12 +7,14 @@ the summary is that of a study that nothing interrupted.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from symbiotic.claim import owner
+from symbiotic.files import WRITING, read_json
 from symbiotic.runs import VERSIONS, provenance
 from symbiotic.schema import RunError
 from symbiotic.studies import ledger, results_file
@@ -50,10 +52,28 @@ class StudyRun:
         Raises:
             RunError: results of other code or versions, with which new ones do not mix.
         """
+        self.borrow()
         finished = [cell for cell in self.cells if (cell.folder / "summary.json").is_file()]
         rows = [results_file.row_of(read_run(cell.folder), cell.arm, self.study.logged) for cell in finished]
         self._check_same([*results_file.read_rows(self.results), *rows])
         results_file.add_rows(self.results, rows)
+
+    def borrow(self) -> list[str]:
+        """Copy finished runs of the same config, seed, code and versions from studies beside this one, but for their
+        checkpoints; returns their names."""
+        made, taken = provenance(), []
+        for cell in self.left():
+            for path in sorted(self.folder.parent.glob(f"*/{cell.run}/summary.json")):
+                its = (read_json(path) or {}).get("provenance") or {}
+                if cell.folder.exists() or any(its.get(name) != made[name] for name in ("code", *VERSIONS)):
+                    continue
+                away = self.folder / f".{cell.run}.{os.getpid()}{WRITING}"
+                shutil.copytree(path.parent, away, ignore=shutil.ignore_patterns("checkpoints", ".*"))
+                away.rename(cell.folder)
+                taken.append(f"{path.parent.parent.name}/{cell.run}")
+        if taken:
+            self.say(f"the same runs as in studies beside this one, copied: {listed(taken)}")
+        return taken
 
     def _check_same(self, rows: Sequence[Mapping[str, str]]) -> None:
         made = provenance()

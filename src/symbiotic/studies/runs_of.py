@@ -14,7 +14,7 @@ import yaml
 from symbiotic.callbacks.events import EVENTS, read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.checks.evaluation import EMBEDDED
-from symbiotic.config import VOLATILE, VOLATILE_TRAINER
+from symbiotic.config import VOLATILE, VOLATILE_TRAINER, read_yaml
 from symbiotic.evaluation.context import whole_lines
 from symbiotic.evaluation.names import metric
 from symbiotic.runs import read_json
@@ -197,7 +197,7 @@ def read_run(folder: Path) -> Run:
     """Raises RunError: no summary or no config that can be read."""
     summary = read_json(folder / "summary.json")
     try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(folder / "config.yaml")
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         config = None
     for name, content in (("summary.json", summary), ("config.yaml", config)):

@@ -69,7 +69,7 @@ def run(composer: Composer, master: DictConfig, study: Study, cells: Sequence[Ce
     processes = processes_of(master)
     launcher = launcher_of(composer, master, folder, job)
     made = StudyRun(study, cells, folder, launcher, processes)
-    watch = Watch(cells, folder, cells[0].config.metric, processes)
+    watch = Watch(cells, folder, cells[0].config.metric or "", processes)
     try:
         with claimed(folder, "run the study"):
             made.prepare()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +13,9 @@ from symbiotic.callbacks.csv_log import last_values
 from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.evaluation.embedded import Scores
+from symbiotic.evaluation.names import EMBEDDED
 from symbiotic.models.unified import UnifiedModel
+from symbiotic.resume import changes
 from symbiotic.runs import read_json, write_json, write_text
 from symbiotic.schema import Config, ConfigError, RunError
 from symbiotic.studies import console
@@ -58,7 +61,13 @@ def finished(folder: Path, config: Config) -> float | None:
 
 
 def metric_of(scores: Mapping[str, float], config: Config) -> float:
-    """Raises ConfigError when the run has no such score."""
+    """NaN where none is asked for, and where an embedded one is that the corpus does not come with.
+
+    Raises:
+        ConfigError: the run has no such score.
+    """
+    if config.metric is None or (config.metric in EMBEDDED and not set(scores) & set(EMBEDDED)):
+        return math.nan
     if config.metric not in scores:
         raise ConfigError(f"metric={config.metric}: no such score; known: {', '.join(sorted(scores))}")
     return float(scores[config.metric])
@@ -115,7 +124,7 @@ def write(arc: Arc, scores: Scores) -> float:
     grids = sorted((folder / "samples").glob("*.png"))
     heatmaps = sorted((folder / "routing").glob("*.png"))
     instruments = draw_instruments(folder, folder / "instruments.png")
-    events = read_events(folder)
+    events, changed = read_events(folder), changes(folder)
     paths = {
         "grid": grids[-1] if grids else console.NONE,
         "routing": heatmaps[-1] if heatmaps else console.NONE,
@@ -128,7 +137,9 @@ def write(arc: Arc, scores: Scores) -> float:
     }
     seconds = "  ".join(f"{name} {value:.0f} s" for name, value in arc.journal.seconds.items())
     parts = [part for part in (table, averaged, routing) if part is not None]
-    record = "\n".join(f"step {event['step']}: {event['text']}" for event in events) or "no event"
+    lines = [f"step {c['step']}: {c['key']} was changed from {c['old']} to {c['new']}" for c in changed]
+    lines += [f"step {event['step']}: {event['text']}" for event in events]
+    record = "\n".join(lines) or "no event"
     shown = (*parts, f"record: {record}", console.path_list(paths), f"time: {seconds}")
     console.show(*shown)
     write_text(folder / "summary.txt", console.render(*shown))
@@ -150,6 +161,7 @@ def write(arc: Arc, scores: Scores) -> float:
             "judges": dict(scores.judges),
             "anchors": {"stage 0": arc.stage0_scores, "iteration 0": stages["iteration 0"]},
             "routing": routing_of(logged),
+            "changes": changed,
             "events": dict(Counter(event["kind"] for event in events)),
             "seconds": {name: round(s, 1) for name, s in arc.journal.seconds.items()},
             "provenance": arc.provenance,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from symbiotic.files import commit
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import Config
 from symbiotic.studies.console import rate_groups
@@ -30,10 +31,7 @@ def draw_timeline(config: Config, roles: Sequence[str], path: Path) -> Path:
     _phases(list(axes), config)
     axes[-1].set_xlim(0, config.phases.steps)
     figure.suptitle(f"{config.system.name}: phases of joint training")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, dpi=110, format="png")
-    return temporary.replace(path)
+    return commit(path, lambda temporary: figure.savefig(temporary, dpi=110, format="png"))
 
 
 def _rates(axis: Any, config: Config, roles: Sequence[str], steps: list[int]) -> None:
