@@ -64,6 +64,18 @@ def test_gathering_and_combining_are_indexing_and_a_sum() -> None:
     assert gradcheck(lambda y, gates: combine(y, gates, order, place), (drawn(14, 3), drawn(7, 2)))
 
 
+def test_outputs_in_bfloat16_are_combined_in_the_precision_of_the_gates() -> None:
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(1))
+    place, y = order.argsort(), torch.randn(14, 3).bfloat16().requires_grad_()
+    gates = torch.rand(7, 2).requires_grad_()
+    by_hand = (y.float()[place].view(7, 2, 3) * gates[..., None]).sum(1)
+    made = combine(y, gates, order, place)
+    assert made.dtype == torch.float32
+    assert torch.equal(made, by_hand)
+    found, expected = (torch.autograd.grad(out.square().sum(), (y, gates)) for out in (made, by_hand))
+    torch.testing.assert_close(found, expected)
+
+
 def test_the_scale_is_of_the_gradient_alone() -> None:
     x, scale = drawn(4, 3), torch.tensor([[0.0], [0.1], [1.0], [2.0]], dtype=torch.float64)
     assert torch.equal(scale_gradient(x, scale), x)

@@ -6,13 +6,14 @@ import dataclasses
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from factory import SYSTEMS, build, level, load_system, random_batch, tiny_model
 from symbiotic.layout import router_of
 from symbiotic.models.balance import balance_loss
 from symbiotic.models.batch import VAE, Batch
-from symbiotic.models.fused import swiglu
+from symbiotic.models.fused import combine, swiglu
 from symbiotic.models.moe import Experts, SharedExpert
 from symbiotic.models.places import Places, product
 from symbiotic.models.routing import RoutingStats, route
@@ -334,8 +335,14 @@ def test_balance_loss_is_the_mean_over_layers_and_routers() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*Cannot dispatch to fused implementation")
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> None:
-    net, batch = build(name), random_batch(200)
+def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, batch, combined = build(name), random_batch(200), []
+
+    def watched(y_AD: Tensor, *more: Tensor) -> Tensor:
+        combined.append(y_AD.dtype)
+        return combine(y_AD, *more)
+
+    monkeypatch.setattr("symbiotic.models.moe.combine", watched)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = net(noised(batch))
         balance = balance_loss(out.routing, net.routers_RM, net.visible_experts)
@@ -345,6 +352,7 @@ def test_under_autocast_every_system_trains_and_counts_stay_exact(name: str) -> 
     assigned = router_of(net.cfg, net.system).top_k * out.routing.tokens
     assert torch.equal(out.routing.counts.sum(-1), assigned.expand(len(out.routing.counts), 4))
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in net.parameters())
+    assert set(combined) <= {torch.bfloat16}  # what experts gave is kept for the way back: not in float32
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -126,7 +126,7 @@ class _Combine(Function):
     def backward(ctx: Any, g_ND: Tensor) -> tuple[Tensor, Tensor, None, None]:
         y_AD, gates_NK, order_A, place_A = ctx.saved_tensors
         g_AD = g_ND.index_select(0, order_A // gates_NK.shape[1])
-        by_gate_A = torch.linalg.vecdot(y_AD, g_AD)
+        by_gate_A = torch.linalg.vecdot(y_AD.to(g_AD.dtype), g_AD)
         by_gates_NK = by_gate_A.index_select(0, place_A).view_as(gates_NK)
         return g_AD.mul_(gates_NK.reshape(-1, 1).index_select(0, order_A)), by_gates_NK, None, None
 

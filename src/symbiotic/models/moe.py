@@ -215,7 +215,9 @@ class MoE(nn.Module):
             scale_a1 = self.gradient_scale(f"pools.{name}", tokens_A[start : ends[after - 1]], places)
             outputs.append(self.shielded(pool, scale_a1, rows.pop(0), ends_E[first:after] - start))
             start, first = ends[after - 1], after
-        return torch.cat([*outputs, torch.zeros_like(behind)]) if len(outputs) > 1 or len(behind) else outputs[0]
+        if len(outputs) == 1 and not len(behind):
+            return outputs[0]
+        return torch.cat([*outputs, torch.zeros_like(behind, dtype=outputs[0].dtype)])  # bfloat16 under autocast
 
     # ------------------------------------------------------------------ shared experts, and the shield
 
