@@ -402,6 +402,8 @@ def test_the_run_folder_follows_from_what_matters(composer: Composer, tmp_path: 
     assert len({usual, *(folder(o) for o in changed)}) == len(changed) + 1
     assert folder("seed=3") == usual.replace("seed0", "seed3")
     assert folder("name=other") == usual.replace("smoke/", "other/")
+    # a study makes a parent beside the first run that needs it: two processes cannot be at work in one folder
+    assert folder("parent_only=true") == f"{usual}-parent"
 
 
 def test_pools_in_another_order_are_another_layout(composer: Composer) -> None:

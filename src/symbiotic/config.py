@@ -42,6 +42,9 @@ VOLATILE = (
 """Top-level keys that do not change what a run computes: they are left out of the run folder's hash. So are the seed,
 which the folder's name shows, `data.num_workers`, and the keys of the trainer that only say where the run runs."""
 
+PARENT_ONLY = "-parent"
+"""End of the folder's name of a job that makes only a parent."""
+
 LISTS = ("ablation", "callbacks", "logger")
 """Groups of which several options may be chosen at once: `ablation=[a,b]`."""
 
@@ -62,7 +65,8 @@ VOLATILE_TRAINER = ("accelerator", "devices", "num_nodes", "strategy", "expert_p
 
 
 def run_name(raw: Mapping[str, Any]) -> str:
-    """`<system>-<hash8>-seed<k>`: a function of the composed config, of its machine independent part only.
+    """`<system>-<hash8>-seed<k>`: a function of the composed config, of its machine independent part only. A job that
+    makes only the parent of such a run has `-parent` behind it: the run itself may begin beside it.
 
     raw: the composed config with its interpolations unresolved.
     """
@@ -80,7 +84,7 @@ def run_name(raw: Mapping[str, Any]) -> str:
         kept["data"]["source"] = redacted({k: v for k, v in source.items() if k not in VOLATILE_SOURCE})
     kept["system"] = {**kept["system"], "pools": list(kept["system"].get("pools", {}).items())}  # their order counts
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-    return f"{kept['system']['name']}-{digest}-seed{raw['seed']}"
+    return f"{kept['system']['name']}-{digest}-seed{raw['seed']}{PARENT_ONLY if raw.get('parent_only') else ''}"
 
 
 def _logs_steer(plain: Mapping[str, Any]) -> bool:

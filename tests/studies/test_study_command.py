@@ -141,6 +141,17 @@ def summary(root: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
+def test_with_fewer_parents_than_processes_a_run_waits_for_its_parent(tmp_path: Path, project_root: Path) -> None:
+    arguments = ["study=smoke", "seed=0", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    status, out = finished(tmp_path, arguments, project_root)
+    assert status == 0, out
+    assert "parent of one pool, one rate, seed 0: done" in out
+    rows = read_rows(tmp_path / "runs" / "smoke" / FILE)
+    arms = {f"{pools} {rates}" for pools in ("one pool,", "two pools,") for rates in ("one rate", "two rates")}
+    assert {row["arm"] for row in rows} == arms
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_killed_at_five_random_moments_a_study_says_the_same(tmp_path: Path, project_root: Path) -> None:
     """Two runs side by side; once it is one of the two workers that is killed, and the study goes on by itself."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from symbiotic.claim import Claimed
+from symbiotic.config import PARENT_ONLY
 from symbiotic.redact import RedactedFile, redacted_text
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
 from symbiotic.studies import ledger
@@ -71,7 +72,8 @@ def status_of(error: BaseException) -> ledger.Status:
 def entry(config: Config, status: ledger.Status, start: float, text: str = "") -> ledger.Entry:
     what: ledger.What = "parent" if config.parent_only else "run"
     seconds = round(time.perf_counter() - start, 1)
-    return ledger.Entry(what, Path(config.run_dir).name, config.study["member"], config.seed, status, seconds, text)
+    name = Path(config.run_dir).name.removesuffix(PARENT_ONLY)  # a parent that fails is told beside its run
+    return ledger.Entry(what, name, config.study["member"], config.seed, status, seconds, text)
 
 
 def add_row(config: Config, folder: Path) -> None:
