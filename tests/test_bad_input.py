@@ -105,7 +105,7 @@ WRONG = {  # the command line -> what the line says
     "system=utamoe system.shared.all=[text,vit,vae]": r"alpha_scale=2.*: tokens of kind prompt pass through no shared",
     "+system.task_router=true system=standard_moe": r"system\.task_router=true: all kinds see all: one group leaves",
     "+system.task_router=true system=multi_gate": r"system\.task_router=true: .*the pool all is seen by two",
-    "+system.task_router=true mix=und_only": r"task_router=true: has no effect: .*understanding only, and one task",
+    "system=utamoe mix=und_only": r"system\.task_router=true: the mix trains understanding only",
     "objective.task_weight=2": r"objective\.task_weight=2: has no effect: system=symbiotic has no task router",
     "objective.task_weight=-1": r"objective\.task_weight=-1.*must be at least 0",
     "phases.list=[{name:a,until:450,route_by:truth}]": r"phases\.list.*has no effect: the phase a has route_by: truth",

@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from symbiotic.checks.lora import unmatched
+from symbiotic.checks.rules import trained_sets
 from symbiotic.checks.trainer import SHARDED
 from symbiotic.layout import generates, kinds_of, shared_scopes, shield_kinds, trained_names
 from symbiotic.schema import Config, ConfigError
-from symbiotic.training.phases import balance_weight, mix_schedule
+from symbiotic.training.phases import balance_weight
 from symbiotic.training.roles import assign_roles
 
 
@@ -120,22 +121,12 @@ def _stage0(s: Setting, key: str) -> str | None:
 
 
 def _generation(s: Setting, key: str) -> str | None:
-    return None if any(name.startswith("t2i") for name in _trained(s)) else "the mix trains no generation samples"
-
-
-def _trained(s: Setting) -> list[str]:
-    """The data sets that some phase trains on."""
-    mix = s.config.mix
-    mixes = [weights for _, weights in mix_schedule(s.config.phases, mix)]
-    return [name for weights in mixes for name, weight in weights.items() if weight > 0 and name not in mix.drop]
+    generated = any(name.startswith("t2i") for name in trained_sets(s.config))
+    return None if generated else "the mix trains no generation samples"
 
 
 def _task_router(s: Setting, key: str) -> str | None:
-    if not s.config.system.task_router:
-        return None if key == "system.task_router" else f"system={s.config.system.name} has no task router"
-    trained = _trained(s)
-    tasks = {"generation" if name.startswith("t2i") else "understanding" for name in trained}
-    return None if len(tasks) > 1 else f"the mix trains {', '.join(tasks)} only, and one task needs no router"
+    return None if s.config.system.task_router else f"system={s.config.system.name} has no task router"
 
 
 def _phase_list(s: Setting, key: str) -> str | None:
@@ -200,7 +191,6 @@ RULES: dict[str, Rule] = {
     "system.top_k": _routed,
     "system.gate": _routed,
     "system.alpha_scale": _routed,
-    "system.task_router": _task_router,
     "objective.task_weight": _task_router,
     "phases.list": _phase_list,
     "lora.alpha": _lora,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from symbiotic.schema import ConfigError, near_miss
+from symbiotic.schema import Config, ConfigError, near_miss
+from symbiotic.training.phases import mix_schedule
 
 
 def require(ok: bool, key: str, value: Any, right: str) -> None:
@@ -49,3 +50,9 @@ def check_weights(key: str, weights: Mapping[str, float], drop: Sequence[str], s
     left = [name for name, weight in weights.items() if weight > 0 and name not in drop]
     without = f" without {', '.join(drop)}" if drop else ""
     require(bool(left), key, dict(weights), f"nothing is left of it{without}; some set must have a weight")
+
+
+def trained_sets(config: Config) -> list[str]:
+    """The data sets that some phase trains on."""
+    mixes = [weights for _, weights in mix_schedule(config.phases, config.mix)]
+    return [name for weights in mixes for name, weight in weights.items() if weight > 0 and name not in config.mix.drop]

@@ -17,7 +17,7 @@ from symbiotic.checks.lora import check_lora
 from symbiotic.checks.optimizer import check_optimizer
 from symbiotic.checks.phases import check_phases
 from symbiotic.checks.pretrained import check_pretrained
-from symbiotic.checks.rules import at_least, check_weights, known, positive, require, share
+from symbiotic.checks.rules import at_least, check_weights, known, positive, require, share, trained_sets
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
 from symbiotic.checks.trainer import check_trainer
@@ -43,6 +43,7 @@ def check(config: Config) -> None:
     _rates(config)
     check_phases(config)
     _mix("mix", config.mix, config.data.sets)
+    _tasks(config)
     check_surgery(config)
     _objective(config)
     _init(config)
@@ -115,6 +116,12 @@ def _compiles(key: str, pattern: str) -> None:
         re.compile(pattern)
     except re.error as error:
         raise ConfigError(f"{key}={pattern}: no regular expression: {error}") from None
+
+
+def _tasks(config: Config) -> None:
+    tasks = {"generation" if name.startswith("t2i") else "understanding" for name in trained_sets(config)}
+    right = f"the mix trains {', '.join(tasks)} only, and it learns from both; must be false, or the mix another"
+    require(len(tasks) > 1 or not config.system.task_router, "system.task_router", True, right)
 
 
 def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
