@@ -28,13 +28,13 @@ from subjects import (
     ended,
     family,
     kill,
-    last_step,
     lines,
     newest_sound,
     readable,
     said,
     sound_steps,
     starts,
+    steps,
     whole_run,
 )
 from symbiotic.callbacks.checkpoint import checkpoint_path, checkpoints
@@ -56,13 +56,13 @@ def disturb(
     the newest of two checkpoints is turned."""
     hits, wrong, saved = 0, list[str](), folder / "checkpoints"
     for _ in range(times):
-        sent, before, began = number(), newest_sound(saved), len(starts(folder))
+        sent, before, began, earlier = number(), newest_sound(saved), len(starts(folder)), len(steps(folder))
         process = subject.start(folder)
         time.sleep(rng.uniform(0.0, 0.8 * seconds))
         kill([process], sent)
         status = ended(process)
         wrong += misplaced(folder, began, before)
-        wrong += lost(subject, folder, len(starts(folder)) > began, before, sent)
+        wrong += lost(subject, folder, steps(folder)[earlier:], before, sent)
         if status == 0:
             break  # it was faster
         hits += 1
@@ -80,12 +80,12 @@ def misplaced(folder: Path, began: int, before: int) -> list[str]:
     return [f"it went on from step {s}, not {before}" for s in starts(folder)[began:] if s != before]
 
 
-def lost(subject: Subject, folder: Path, trained: bool, before: int, sent: int) -> list[str]:
+def lost(subject: Subject, folder: Path, taken: Sequence[int], before: int, sent: int) -> list[str]:
     """What a signal cost: nothing that was saved, at most `save_every` steps, and no step at all where it asked for an
-    end. trained: whether this start came to train; before: step of the newest sound checkpoint by then."""
+    end. taken: the steps of this start; before: step of the newest sound checkpoint by then."""
     found = checkpoints(folder / "checkpoints")
     wrong = [f"unreadable: {path.name}" for path in found if not readable(path)]
-    newest, last = newest_sound(folder / "checkpoints"), max(before, last_step(folder) if trained else 0)
+    newest, last = newest_sound(folder / "checkpoints"), max([before, *taken[-1:]])
     if newest < before:
         wrong.append(f"the checkpoint of step {before} is gone, the newest is of step {newest}")
     if last - newest > (0 if sent != signal.SIGKILL else subject.every or STEPS):

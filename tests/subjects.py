@@ -291,10 +291,9 @@ def starts(folder: Path) -> list[int]:
     return [int(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def last_step(folder: Path) -> int:
-    """The step that a run took last; 0 for none."""
-    taken = [line["step"] for rank, line in lines(folder) if rank == f"0-{TRACE}"]
-    return taken[-1] if taken else 0
+def steps(folder: Path) -> list[int]:
+    """The steps that all starts of a run took, in their order, on the first rank."""
+    return [line["step"] for rank, line in lines(folder) if rank == f"0-{TRACE}"]
 
 
 def sound_steps(folder: Path) -> list[int]:

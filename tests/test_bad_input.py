@@ -168,6 +168,15 @@ WRONG = {  # the command line -> what the line says
     "phases.list=[{name:a,until:9}]": r"phases\.list\[0\]\.until=9: the last phase must end at phases\.steps=450",
     "phases.list=[{name:a,untill:9}]": r"phases\.list\[0\]\.untill: no such key; did you mean 'until'\?",
     "phases.list=[{name:a,until:450,shield:2}]": r"phases\.list\[0\]\.shield=2\.0: must lie in \[0, 1\]",
+    # the vision tower
+    "vision=tower": r"model\.vision\.path: missing",
+    "vision=tower model.vision.path=none": r"model\.vision\.path=none: no such file or folder; must hold the weights",
+    "vision=tower model.vision.path=. model.vit_dim=5": r"model\.vit_dim=5: is known from model\.vision; must be null",
+    "vision=tower model.vision.path=. +data.vision._target_=symbiotic.images.vision.VisionEncoder": r"model\.vision ",
+    "vision=tower model.vision.path=. model.vision.resize=cut": r"model\.vision\.resize='cut': must be one of squash",
+    "vision=towr": r"vision=towr: no such option; did you mean 'tower'\?",
+    "projector_hidden=64": r"projector_hidden=64: no such key",
+    "model.projector_hidden=0": r"model\.projector_hidden=0: must be at least 1",
     # rates, mix, data
     "rates.by_role.genn=1e-3": r"rates\.by_role\.genn=1e-3: no such key; did you mean 'rates\.by_role\.gen'\?",
     "+rates.by_role.genn=1e-3": r"rates\.by_role=genn: no such role; did you mean 'gen'\?",

@@ -52,7 +52,7 @@ EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 SYSTEMS = sorted(path.stem for path in (CONF / "system").glob("*.yaml"))
 FILES = sorted(path for path in CONF.rglob("*.yaml"))
 SLOW = {"utamoe_stage1": pytest.mark.slow}  # the first part of utamoe
-GLOBAL = ("experiment", "ablation", "study", "debug")  # groups whose files are deltas on the whole config
+GLOBAL = ("experiment", "ablation", "vision", "study", "debug")  # groups whose files are deltas on the whole config
 SETS = ("t2i", "t2i_long", "lm", "lm_unreplayed", "mmu")
 SOURCES = f"data.source.sources={{{{{','.join(f'{name}:{{{{files:[x]}}}}' for name in SETS)}}}}}"
 NEEDS = {  # options that mean nothing alone
@@ -64,6 +64,7 @@ NEEDS = {  # options that mean nothing alone
     "init=pretrained": ["model=pretrained", "init.folder={folder}"],
     "model=pretrained": ["init=pretrained", "init.folder={folder}"],
     "trainer=ddp": ["data.micro_batches=2"],
+    "vision=tower": ["model.vision.path={folder}"],
     "ablation=two_experts": ["model.num_experts=16"],  # too few of the smoke model's
 }
 SHIELD = ("no_shielding", "release_0", "release_1", "shield_strict", "shield_vae_vit", "shield_weights")
@@ -357,7 +358,8 @@ def test_parameter_names_and_roles_are_those_of_the_model(composer: Composer, sy
     dials = ["model.attention.qkv_bias=true", "model.tied_head=true"]
     dials += ["model.gated_shared=true"] if system != "symbiotic_bridge" else []  # which has no shared expert
     dense = ["model.dense_layers=[0]", "model.dense_hidden=16"]
-    for overrides in ([], [*dials, *dense, "lora=r16"], ["model.attention.qk_norm=none"]):
+    more = ["model.attention.qk_norm=none", "model.projector_hidden=24"]
+    for overrides in ([], [*dials, *dense, "lora=r16"], more):
         config = composer.config(["experiment=smoke", f"system={system}", *overrides])
         for layout, latents in ((config.system, True), (parent_system(config.system), False)):
             names = [name for name, _ in UnifiedModel(config.model, layout, latents).named_parameters()]

@@ -38,6 +38,7 @@ LAYERS = [
 ]
 LAYER = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 FIRST_LAYER = {"lightning": 5, "pytorch_lightning": 5, "hydra": 6, "omegaconf": 6}  # of a library's importers
+OUTSIDE = {"symbiotic/models/towers.py": {"open_clip"}}  # a published tower is a part of the model; inside functions
 HEAVY = {"torchmetrics", "torch_fidelity", "lm_eval", "open_clip", "transformers", "diffusers", "timm", "wandb"}
 
 
@@ -77,7 +78,7 @@ def test_imports_go_down(name: str) -> None:
         assert LAYER[me] >= FIRST_LAYER.get(library, 0), broken
         if LAYER[me] <= 1:
             outside = {"torch"} if LAYER[me] == 1 else set()
-            assert library in {"symbiotic", *outside, *sys.stdlib_module_names}, broken
+            assert library in {"symbiotic", *outside, *OUTSIDE.get(name, ()), *sys.stdlib_module_names}, broken
 
 
 @pytest.mark.parametrize("name", FILES)

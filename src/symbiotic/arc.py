@@ -41,7 +41,7 @@ from symbiotic.convert.receipt import receipt
 from symbiotic.convert.split import Assignment, assign, split_state
 from symbiotic.convert.tokens import adapted
 from symbiotic.data.account import ACCOUNT, BAD_SAMPLES
-from symbiotic.data.encoded import Encoded
+from symbiotic.data.encoded import Encoded, Made
 from symbiotic.data.image_codes import ImageCodes, encode_corpus
 from symbiotic.data.loader import MicroBatches
 from symbiotic.data.plan import DataPlan
@@ -54,6 +54,7 @@ from symbiotic.evaluation.embedded import Scores, corpus_suite, has_benchmarks
 from symbiotic.evaluation.prompts import pictures
 from symbiotic.evaluation.scorers import launch_scorers
 from symbiotic.fit import fit
+from symbiotic.images.encoder import fingerprint_of
 from symbiotic.images.tokenizer import ImageTokenizer
 from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
@@ -74,12 +75,12 @@ from symbiotic.runs import (
     write_json,
     write_text,
 )
-from symbiotic.schema import Config, ConfigError, Lora, Objective, Phase, Phases, RunError, Surgery
+from symbiotic.schema import Config, ConfigError, Lora, Model, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
 from symbiotic.team import agree, first, is_first, size
 from symbiotic.trained import EMA as EMA_FILE
-from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, PRETRAINED, PRETRAINED_TOKENS, TOKENIZER
+from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, PRETRAINED, PRETRAINED_TOKENS, TOKENIZER, reads_images
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.roles import assign_roles
 from symbiotic.training.sharded import whole
@@ -187,7 +188,7 @@ class Arc:
             self.data: Path = source.prepare()
             self.index = ShardIndex.load(self.data / "index.npz")
         self.prepare_vectors()
-        check_data(self.config, self.data, self.index, self.encoded)
+        check_data(self.config, self.data, self.index, self.vectors)
         if is_first():  # a run answers and draws without its corpus
             write_text(self.folder / TOKENIZER, (self.data / TOKENIZER).read_text(encoding="utf-8"))
         evaluation = self.config.evaluation
@@ -209,10 +210,12 @@ class Arc:
         """Vectors of images in the place of pixels, where there are any: the index tells the lengths with them."""
         reader = ShardReader(self.data / "shards", self.index)
         self.encoded = [Encoded.open(folder, self.index) for folder in self.config.data.encoded]
-        for one in self.encoded:
-            self.index = one.counts(self.index, reader)
         self.check_vectors()
-        self.autoencoder, self.vision = (self.encoder(kind) for kind in ("vae", "vit"))
+        self.autoencoder, self.vision = self.encoder("vae"), self.encoder("vit")
+        tower = [Made(self.vision)] if self.vision is not None and self.config.model.vision is not None else []
+        self.vectors: list[Encoded | Made] = [*self.encoded, *tower]
+        for one in self.vectors:
+            self.index = one.counts(self.index, reader)
 
     def encoder(self, kind: str) -> Any:
         """What made the vectors of this kind, to draw or to read further images; None where the config has none.
@@ -221,8 +224,9 @@ class Arc:
             ConfigError: it is another one, or it is missing and the run draws.
         """
         key = {"vae": "autoencoder", "vit": "vision"}[kind]
-        node = getattr(self.config.data, key)
-        made = instantiate(node, f"data.{key}") if node is not None else None
+        node = self.config.data.autoencoder
+        drawn = instantiate(node, "data.autoencoder") if kind == "vae" and node is not None else None
+        made = reads_images(self.config) if kind == "vit" else drawn
         for one in (one for one in self.encoded if one.kind == kind):
             if made.fingerprint != one.fingerprint if made is not None else kind == "vae":
                 has = "null" if made is None else f"encoder {made.fingerprint}"
@@ -273,7 +277,7 @@ class Arc:
             streams = self.source.plan(self.index, config.mix, config.data, config.seed, objective, schedule)
             return MicroBatches(self.data, streams, cache_bytes=0, reader=streams)
         plan = DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule)
-        return MicroBatches(self.data, plan, codes=self.codes if generation else None, encoded=self.encoded)
+        return MicroBatches(self.data, plan, codes=self.codes if generation else None, encoded=self.vectors)
 
     def probe(self) -> Batch:
         """The fixed batch that monitors measure on: `probe_samples` of the mix of the first phase, drawn by a seed of
@@ -282,7 +286,7 @@ class Arc:
         data = dataclasses.replace(config.data, samples=config.probe_samples, micro_batches=1, repeat_steps=0)
         start = mix_schedule(config.phases, config.mix)[:1]
         plan = DataPlan(self.index, config.mix, data, config.seed + PROBE_SEED, config.objective, start)
-        return MicroBatches(self.data, plan, codes=self.codes, encoded=self.encoded)[0]
+        return MicroBatches(self.data, plan, codes=self.codes, encoded=self.vectors)[0]
 
     def about(self, key: str | None = None) -> dict[str, str]:
         """What the manifest of a checkpoint says of where it comes from. key: what decides it, of a parent, which runs
@@ -520,7 +524,7 @@ def make_callbacks(config: Config) -> dict[str, Any]:
     return {name: instantiate(node, f"callbacks.{name}") for name, node in nodes if node is not None}
 
 
-def check_data(config: Config, folder: Path, index: ShardIndex, encoded: Sequence[Encoded] = ()) -> None:
+def check_data(config: Config, folder: Path, index: ShardIndex, encoded: Sequence[Encoded | Made] = ()) -> None:
     """Raises ConfigError where the model cannot take what the corpus holds."""
     words = Tokenizer.load(folder / "tokenizer.json").vocab_size
     if words > config.model.vocab_size:
@@ -532,7 +536,8 @@ def check_data(config: Config, folder: Path, index: ShardIndex, encoded: Sequenc
         (read, batch.vit_patches, batch.vit_grid),
         ("patch_dim", batch.latents, batch.latent_grid),
     ):
-        if patches.shape[1] != getattr(model, key):
+        towered = patches is batch.vit_patches and model.vision is not None  # as wide as the tower takes
+        if patches.shape[1] != getattr(model, key) and not towered:
             key = "vit_dim" if patches is batch.vit_patches and encoded else key
             right = f"must be {patches.shape[1]}, the numbers in a patch of the corpus"
             raise ConfigError(f"model.{key}={getattr(model, key)}: {right}")
@@ -567,6 +572,8 @@ def stage0_config(config: Config) -> Config:
     shared = config.init.parent_shared if config.init.folder is None else config.model.shared_hidden > 0
     stage0, system = config.init.stage0, parent_system(config.system, shared)
     model = dataclasses.replace(config.model, router=dataclasses.replace(config.model.router, bias=False))
+    if model.vision is not None:  # a parent's reads as it was published: arms that train it and others share the parent
+        model = dataclasses.replace(model, vision=dataclasses.replace(model.vision, trained=False))
     phases = Phases(1, 0, 1.0, (Phase("stage 0", 1),))
     if stage0 is None:  # a parent from a checkpoint: its layout, and understanding data to profile it on
         dropped = tuple(name for name in config.mix.weights if name in GENERATION_SETS)
@@ -615,9 +622,18 @@ def stage0_key(config: Config, fingerprint: str) -> str:
     model = asdict(config.model) | {"gen_fraction": None}
     data = {name: value for name, value in asdict(config.data).items() if name not in ("source", "sets", "num_workers")}
     parts = [asdict(part) for part in (config.system, config.rates, config.phases, config.mix, config.objective)]
-    code = [source_hash(*PARENT_CODE), versions()]
+    code = [source_hash(*PARENT_CODE), versions(), *tower_weights(config.model)]
     precision = config.trainer.get("precision")
     return digest([model, data, parts, fingerprint, config.seed, precision, config.compile, code])
+
+
+def tower_weights(model: Model) -> list[str]:
+    """What the weights of a vision tower are; none without one."""
+    if model.vision is None:
+        return []
+    from symbiotic.models.towers import published
+
+    return [fingerprint_of(published(model.vision, "model.vision"))]
 
 
 def check_parent(state: dict[str, Tensor], config: Config, path: str) -> None:

@@ -53,7 +53,11 @@ PATHS = ("run", "runs", "checkpoint", "report")
 
 INIT_FROM = "init_from"
 
-UNSET = {"init": ("assignment_file",), "model": ("vit_dim",), "data": ("encoded", "autoencoder", "vision")}
+UNSET = {
+    "init": ("assignment_file",),
+    "model": ("vit_dim", "vision", "projector_hidden"),
+    "data": ("encoded", "autoencoder", "vision"),
+}
 """Keys that are left out of the hash where nothing is set."""
 
 VOLATILE_SOURCE = ("cache", "cache_gb", "retries", "wait", "timeout")

@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from symbiotic.schema import ConfigError
+
 WRITING = ".writing"
 """How the name of a file ends that is being written, or that a killed process left behind."""
 
@@ -212,3 +214,19 @@ def locked(path: Path) -> Iterator[None]:
             print(f"waiting for another process that holds {path}", flush=True)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def weights_of(path: str, names: Iterable[str], key: str, get: str) -> Path:
+    """The file of weights that `path` is, or the first of `names` in the folder that it is.
+
+    Raises:
+        ConfigError: there is none; the line says which, where it was looked for, and how to get it.
+    """
+    given = Path(path).expanduser()
+    if given.is_file():
+        return given
+    found = [given / name for name in names if (given / name).is_file()]
+    if found:
+        return found[0]
+    what = f"no {' or '.join(names)} in it" if given.is_dir() else "no such file or folder"
+    raise ConfigError(f"{key}.path={path} (looked for at {given.resolve()}): {what}; {get}")

@@ -74,6 +74,7 @@ NOISE = {
     ".*does not have many workers.*": "decoded samples are cached in memory",
     ".*Cannot dispatch to fused implementation.*": "norms keep float32 weights under mixed precision",
     ".*ended before the epoch ended.*": "training is by steps, and the sampler starts at the step of the checkpoint",
+    ".*module(s) in eval mode at the start.*": "a vision tower stays in evaluation mode",
     ".*`srun` command is available.*": "who starts several processes, and how, is looked up by ourselves",
 }
 """Warnings of Lightning that say nothing about a run of ours, and why."""

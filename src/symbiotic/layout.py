@@ -184,9 +184,12 @@ def parent_system(system: System, shared: bool | None = None) -> System:
 def parameter_names(model: Model, system: System, latents: bool = True, codebook: int = 0) -> list[str]:
     """The names of all parameters of `UnifiedModel(model, system, latents, codebook)`, known without building it.
 
-    A test holds this list against the model's own. It is what roles are checked with before torch is imported.
+    A test holds this list against the model's own. It is what roles are checked with before torch is imported. One name
+    stands for all of a vision tower that is trained.
     """
-    names = ["embed.weight", "vit_in.weight", "vit_in.bias", "vit_grid.row.weight", "vit_grid.column.weight"]
+    projector = [""] if model.projector_hidden is None else ["0.", "2."]
+    names = ["embed.weight", *(f"vit_in.{part}{leaf}" for part in projector for leaf in ("weight", "bias"))]
+    names += ["vit_grid.row.weight", "vit_grid.column.weight", *_tower_names(model)]
     for layer in range(model.num_layers):
         names += [f"blocks.{layer}.{name}" for name in _block_names(model, system, dense=layer in model.dense_layers)]
     names += [f"norm.{stream}.weight" for stream in system.streams]
@@ -195,6 +198,10 @@ def parameter_names(model: Model, system: System, latents: bool = True, codebook
     latent = ["latent_in.weight", *["latent_in.bias"] * patches, "latent_grid.row.weight", "latent_grid.column.weight"]
     latent += [f"time_in.{side}.{leaf}" for side in ("w_in", "w_out") for leaf in ("weight", "bias")] * patches
     return names + (latent + ["latent_head.weight", "latent_head.bias"] if latents else [])
+
+
+def _tower_names(model: Model) -> list[str]:
+    return ["vision.tower"] if model.vision is not None and model.vision.trained else []
 
 
 def adapted(names: Iterable[str], lora: Lora) -> list[str]:

@@ -136,7 +136,7 @@ class SymbioticModule(lightning.LightningModule):
         Raises:
             ConfigError: a parameter without a role, or with two.
         """
-        names = [name for name, _ in self.model.named_parameters()]
+        names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         roles = assign_roles(names, self.config.rates.roles)
         listed = {role: [name for name in names if roles[name] == role] for role in self.config.rates.roles}
         return {role: mine for role, mine in listed.items() if mine}

@@ -80,6 +80,17 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Vision:
+    """A published image tower (SigLIP, CLIP) inside the model, which reads images; see `models.vision_tower`."""
+
+    path: str  # a file of weights, or the folder with one and its open_clip_config.json
+    trained: bool = True  # false: its weights stay, and have no optimiser state
+    architecture: str | None = None  # name in open_clip (null: that of the config beside the weights)
+    layer: int = 1  # whose output is taken, from the last block on
+    resize: Literal["squash", "shortest", "longest"] | None = None  # null: as the tower was trained
+
+
+@dataclass(frozen=True)
 class Model:
     """Sizes and dials of the one backbone; the layout of the experts is the `System`."""
 
@@ -101,6 +112,8 @@ class Model:
     max_grid: int = 16  # largest image side in patches
     init_std: float = 0.02
     vit_dim: int | None = None  # numbers in one vector of an image that is read (null: patch_dim)
+    vision: Vision | None = None  # reads images in the place of `vit_in` alone, which projects what it says
+    projector_hidden: int | None = None  # `vit_in` is Linear, GELU, Linear (LLaVA-1.5); null: one linear layer
 
 
 # --------------------------------------------------------------------------- the system: layout as data

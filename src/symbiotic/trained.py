@@ -15,6 +15,7 @@ import yaml
 from symbiotic.config import instantiate, read_yaml
 from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.evaluation.captions import image_size
+from symbiotic.images.encoder import ImageEncoder
 from symbiotic.images.store import load_image_tokenizer
 from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
@@ -80,10 +81,23 @@ def open_run(
         tokenizer.images = load_image_tokenizer(folder / IMAGE_TOKENIZER)
     if config.data.autoencoder is not None:
         tokenizer.autoencoder = instantiate(config.data.autoencoder, "data.autoencoder")
-    if config.data.vision is not None:
-        tokenizer.vision = instantiate(config.data.vision, "data.vision")
+    tokenizer.vision = reads_images(config)
     model = load_model(config, weights, device)
     return Trained(folder, config, weights, step_of_weights(weights, config), corpus, tokenizer, model)
+
+
+def reads_images(config: Config) -> ImageEncoder | None:
+    """What further images are read by, where it is no patches of pixels: the encoder of `data.vision`, or the
+    preprocessing of the tower inside the model.
+
+    Raises:
+        ConfigError: its files are missing.
+    """
+    if config.model.vision is not None:
+        from symbiotic.images.vision import TowerPixels
+
+        return TowerPixels(config.model.vision, "model.vision")
+    return instantiate(config.data.vision, "data.vision") if config.data.vision is not None else None
 
 
 def resampled(objective: Objective, asked: Mapping[str, Any], prefix: str = "") -> Objective:

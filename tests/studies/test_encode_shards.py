@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from symbiotic.data.shards import write_shards
 from symbiotic.data.tokenizer import Tokenizer
-from symbiotic.images.vision import CONFIG, VisionEncoder
+from symbiotic.images.vision import VisionEncoder
+from symbiotic.models.towers import CONFIG
 from symbiotic.studies.encode_shards import main
 
 TOWER = {"image_size": 16, "layers": 2, "width": 24, "head_width": 12, "patch_size": 8}

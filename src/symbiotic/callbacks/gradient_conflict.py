@@ -81,7 +81,7 @@ class GradientConflict(Probing):
     def measure(self, trainer: Trainer, pl_module: LightningModule, level: float) -> dict[str, float]:
         """The metrics of this moment, by one transfer to the host. level: of the shield."""
         model, roles = cast(UnifiedModel, pl_module.model), roles_of(trainer)
-        parameters = dict(model.named_parameters())
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         layers = shielded_layers(parameters, model.cfg, model.system)
         gradients = task_gradients(self.losses(trainer, pl_module, cast(Tensor, pl_module.shield)), parameters)
         und, gen = (gradients[task] for task in TASKS)

@@ -28,6 +28,11 @@ def check_paths(config: Config) -> None:
     for name, origin in (named if isinstance(named, Mapping) else {}).items():
         if isinstance(origin, Mapping):
             _check_origin(origin, f"{key}sources.{name}")
+    if config.model.vision is not None:
+        right = (
+            "no such file or folder; must hold the weights of a SigLIP or CLIP, with open_clip_config.json beside them"
+        )
+        require(Path(config.model.vision.path).exists(), "model.vision.path", config.model.vision.path, right)
     for folder in config.data.encoded:
         require(Path(folder).is_dir(), "data.encoded", folder, "no such folder; src/encode_shards.py writes one")
 

@@ -26,6 +26,7 @@ def _model(model: Model) -> None:
     sizes = "width num_layers vocab_size expert_hidden patch_dim max_grid"
     at_least(model, "model.", 1, sizes + (" num_experts" if model.num_experts else ""))
     at_least(model, "model.", 0, "num_experts dense_hidden init_std")
+    at_least(model, "model.", 1, "projector_hidden" if model.projector_hidden is not None else "")
     positive(model, "model.", "norm_eps")
     share(model, "model.", "gen_fraction")
     attention = model.attention

@@ -20,10 +20,10 @@ from symbiotic.convert.tensor_files import DTYPES, Stored, dtype_name, header, r
 from symbiotic.files import write_json
 from symbiotic.layout import parent_system
 from symbiotic.models.transformer import initial
-from symbiotic.models.unified import UnifiedModel
+from symbiotic.models.unified import UnifiedModel, vision_tower
 from symbiotic.schema import PARENT, Model, RunError, System
 
-FRESH_MODULES = ("vit_in.", "vit_grid.")
+FRESH_MODULES = ("vit_in.", "vit_grid.", "vision.")
 """Name prefixes of what a parent has and a language model has not: they start fresh."""
 
 CONVERTED = "parent.safetensors"
@@ -147,8 +147,11 @@ def read_parent(folder: str | Path, model: Model, seed: int, dtype: torch.dtype 
     state: dict[str, Tensor] = {}
     for name, empty in empty_parent(model).state_dict().items():
         state[name] = torch.empty(empty.shape, dtype=dtype)
-        if name.startswith(FRESH_MODULES):
+        if name.startswith(FRESH_MODULES) and not name.startswith("vision."):
             state[name] = initial(name, state[name], seed, model.init_std, model.num_layers)
+    if (tower := vision_tower(model)) is not None:
+        tower.load()
+        state |= {f"vision.{name}": tensor for name, tensor in tower.state_dict().items()}
     if (source.folder / CONVERTED).is_file():
         return _read_converted(source.folder / CONVERTED, state)
     found = stored(source.folder)

@@ -92,9 +92,8 @@ def _pixels(reader: ShardReader, sample: int) -> Array:
 
 
 def _encoded(encoder: ImageEncoder, pixels: Tensor, index: ShardIndex, sample: int) -> Tensor:
-    device = next(encoder.parameters()).device
     try:
-        return encoder.encode(pixels.to(device)).cpu()
+        return encoder.encode(pixels.to(encoder.device)).cpu()
     except ValueError as error:
         raise DataError(f"{index.name(sample)}: {error}") from error
 
@@ -161,6 +160,28 @@ class Encoded:
         return with_vectors(sample, VAE if self.kind == "vae" else VIT, tensor.float().numpy())
 
 
+@dataclass(frozen=True)
+class Made:
+    """The same of images that are read, made from the pixels when a sample is: for a vision tower inside the model."""
+
+    encoder: ImageEncoder
+    kind: str = "vit"
+
+    def counts(self, index: ShardIndex, reader: ShardReader) -> ShardIndex:
+        """The index with the lengths that the samples have with these vectors."""
+        tokens, dropped = index.num_tokens.copy(), index.dropped_tokens.copy()
+        for sample in wanted(index, self.kind):
+            h, w = self.encoder.grid(*image_size(reader.record(int(sample))))
+            more = h * w - _read_patches(reader, int(sample))
+            tokens[sample] += more
+            dropped[sample] += more
+        return replace(index, num_tokens=tokens, dropped_tokens=dropped)
+
+    def put(self, sample: Sample, number: int) -> Sample:
+        """The sample with its vectors in the place of its pixel patches, if it has an image of this kind."""
+        return read_with(self.encoder, [sample])[0]
+
+
 def _header(path: Path) -> dict[str, Stored]:
     if not path.is_file():
         raise DataError(f"{path}: no such file; {GET}")
@@ -177,14 +198,15 @@ def _read_patches(reader: ShardReader, sample: int) -> int:
 
 def read_with(encoder: ImageEncoder, samples: Sequence[Sample]) -> list[Sample]:
     """Samples of pixel patches with the vectors of an encoder of images that are read in their place."""
-    return [_read_with(encoder, sample) if len(sample.vit_patches) else sample for sample in samples]
+    return [_read_with(encoder, sample) for sample in samples]
 
 
 def _read_with(encoder: ImageEncoder, sample: Sample) -> Sample:
+    if not len(sample.vit_patches):  # its empty patches are as wide as those of others
+        return replace(sample, vit_patches=np.zeros((0, encoder.patch_dim), np.float32))
     h, w = (int(side) + 1 for side in sample.vit_grid.max(0))
     pixels = to_pixels(unpatchify(torch.from_numpy(sample.vit_patches)[None], h, w, PATCH).permute(0, 3, 1, 2))
-    device = next(encoder.parameters()).device
-    return with_vectors(sample, VIT, encoder.encode(pixels.to(device))[0].cpu().numpy())
+    return with_vectors(sample, VIT, encoder.encode(pixels.to(encoder.device))[0].cpu().numpy())
 
 
 def with_vectors(sample: Sample, kind: int, vectors_hwP: Array) -> Sample:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from symbiotic.data.encoded import Encoded
+from symbiotic.data.encoded import Encoded, Made
 from symbiotic.data.errors import DataError
 from symbiotic.data.formats import drop_caption, record_sample
 from symbiotic.data.image_codes import ImageCodes
@@ -48,7 +48,7 @@ class MicroBatches(Dataset[Batch]):
         plan: DataPlan,
         cache_bytes: int = 256 * 2**20,
         codes: ImageCodes | None = None,
-        encoded: Sequence[Encoded] = (),
+        encoded: Sequence[Encoded | Made] = (),
         reader: Reader | None = None,
     ) -> None:
         self.plan, self.codes, self.encoded = plan, codes, encoded

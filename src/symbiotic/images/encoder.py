@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from symbiotic.schema import ConfigError
 
 WEIGHTS = (".safetensors", ".pt", ".ckpt", ".bin")
 
@@ -29,6 +26,11 @@ class ImageEncoder(nn.Module, ABC):
     kind: Literal["vit", "vae"]
     patch_dim: int
     fingerprint: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: on the CPU where it has no weights."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     @abstractmethod
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -51,22 +53,6 @@ class ImageEncoder(nn.Module, ABC):
         made = self.vectors(pixels).float()
         assert made.shape == (len(pixels), h, w, self.patch_dim)
         return made
-
-
-def weights_of(path: str, names: Iterable[str], key: str, get: str) -> Path:
-    """The file of weights that `path` is, or the first of `names` in the folder that it is.
-
-    Raises:
-        ConfigError: there is none; the line says which, where it was looked for, and how to get it.
-    """
-    given = Path(path).expanduser()
-    if given.is_file():
-        return given
-    found = [given / name for name in names if (given / name).is_file()]
-    if found:
-        return found[0]
-    what = f"no {' or '.join(names)} in it" if given.is_dir() else "no such file or folder"
-    raise ConfigError(f"{key}.path={path} (looked for at {given.resolve()}): {what}; {get}")
 
 
 def fingerprint_of(weights: Path, *about: object) -> str:

@@ -13,7 +13,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from symbiotic.images.encoder import ImageEncoder, fingerprint_of, weights_of
+from symbiotic.files import weights_of
+from symbiotic.images.encoder import ImageEncoder, fingerprint_of
 from symbiotic.images.tokenizer import to_input, to_pixels
 from symbiotic.models.embeddings import patchify, unpatchify
 from symbiotic.schema import ConfigError

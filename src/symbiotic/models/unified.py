@@ -8,6 +8,7 @@ Suffixes: B rows, T places a row, N = B*T tokens, D width, V read patches, L lat
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from symbiotic.models.places import Places, latent_rows
 from symbiotic.models.routing import Columns, RoutingStats
 from symbiotic.models.transformer import Block, initial, run_blocks
 from symbiotic.schema import KINDS, Config, Lora, Model, RunError, System
+
+if TYPE_CHECKING:
+    from symbiotic.models.vision_tower import VisionTower
 
 
 @dataclass
@@ -55,8 +59,9 @@ class UnifiedModel(nn.Module):
         self.cfg, self.system, self.latents, self.codebook = model, system, latents, codebook
         width = model.width
         self.embed = nn.Embedding(model.vocab_size, width)
-        self.vit_dim = model.vit_dim or model.patch_dim
-        self.vit_in = nn.Linear(self.vit_dim, width)
+        self.vision = vision_tower(model)
+        self.vit_dim = self.vision.patch_dim if self.vision else model.vit_dim or model.patch_dim
+        self.vit_in = projector(self.vision.width if self.vision else self.vit_dim, model.projector_hidden, width)
         self.vit_grid = GridEmbedding(model.max_grid, width)
         self.blocks = nn.ModuleList(Block(model, system, layer) for layer in range(model.num_layers))
         self.norm = nn.ModuleDict({s: RMSNorm(width, eps=model.norm_eps) for s in system.streams})
@@ -74,9 +79,12 @@ class UnifiedModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> UnifiedModel:
-        """Fresh parameters, each a function of (seed, its name)."""
+        """Fresh parameters, each a function of (seed, its name); those of a vision tower as they were published."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(initial(name, parameter, seed, self.cfg.init_std, self.cfg.num_layers))
+            if not name.startswith("vision."):
+                parameter.copy_(initial(name, parameter, seed, self.cfg.init_std, self.cfg.num_layers))
+        if self.vision:
+            self.vision.load()
         return self
 
     def adapt(self, lora: Lora, seed: int) -> UnifiedModel:
@@ -130,7 +138,8 @@ class UnifiedModel(nn.Module):
         kind_N = batch.kind.reshape(-1)
         x_ND = self.embed(batch.tokens.reshape(-1))
         dtype = self.embed.weight.dtype
-        read = self.vit_in(_as_wide(batch.vit_patches, self.vit_dim).to(dtype)) + self.vit_grid(batch.vit_grid)
+        patches = _as_wide(batch.vit_patches, self.vit_dim).to(dtype)
+        read = self.vit_in(self.vision(patches) if self.vision else patches) + self.vit_grid(batch.vit_grid)
         x_ND = x_ND.index_copy(0, (kind_N == VIT).nonzero().squeeze(-1), read.to(x_ND.dtype))
         if self.latents:
             latents = batch.codes if self.codebook else _as_wide(batch.latents, self.cfg.patch_dim).to(dtype)
@@ -157,6 +166,22 @@ def _as_wide(patches: Tensor, width: int) -> Tensor:
         what = f"patches of {patches.shape[1]} numbers, the model takes {width}"
         raise RunError(f"{what}; where it was trained on vectors of an encoder, data.vision says which")
     return patches if len(patches) else patches.new_zeros(0, width)
+
+
+def vision_tower(model: Model) -> VisionTower | None:
+    if model.vision is None:
+        return None
+    from symbiotic.models.vision_tower import VisionTower  # open_clip takes seconds to import
+
+    return VisionTower(model.vision)
+
+
+def projector(vectors: int, hidden: int | None, width: int) -> nn.Module:
+    """From what is read to the width of the model: one linear layer, or two with a GELU between (LLaVA-1.5, arXiv
+    2310.03744)."""
+    if hidden is None:
+        return nn.Linear(vectors, width)
+    return nn.Sequential(nn.Linear(vectors, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 def model_of(config: Config, latents: bool = True) -> UnifiedModel:

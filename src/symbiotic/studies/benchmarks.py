@@ -30,6 +30,7 @@ def make_suite(config: EvalConfig, trained: Trained) -> Suite:
     if (trained.corpus / TOKENIZER).is_file():
         images = trained.tokenizer.images
         suite = corpus_suite(trained.corpus, evaluation, objective, more, images, trained.size)
+        suite.tokenizer.autoencoder, suite.tokenizer.vision = trained.tokenizer.autoencoder, trained.tokenizer.vision
     else:
         others = {error for name, error in ERRORS.items() if name != objective.name}
         absent = [Absent(name, trained.corpus) for name in EMBEDDED if name not in others]

@@ -14,6 +14,7 @@ SHOWN_KINDS = {"text": "a word", "vit": "a read patch", "vae": "a latent"}
 LOOKUPS = ("embed.weight", "vit_grid.", "latent_grid.")  # tables of which a token takes one row
 INPUTS = {"embed": ("text", "prompt"), "vit_in": ("vit",), "vit_grid": ("vit",)}
 ORDER = (
+    "vision tower",
     "embeddings",
     "latents in",
     "attention",
@@ -62,6 +63,8 @@ def classify(name: str, shape: tuple[int, ...], model: Model, system: System) ->
     if "lora" in parts:
         used = classify(name.replace(".lora.", ".").rpartition(".")[0], shape, model, system)[1]
         return "low-rank updates", used
+    if parts[0] == "vision":
+        return "vision tower", {"vit": float(count(shape))}
     if parts[0] in INPUTS:
         head = model.tied_head and parts[0] == "embed"
         return "embeddings", dict.fromkeys(INPUTS[parts[0]], count(shape) if head else used_by_token(name, shape))
