@@ -20,6 +20,7 @@ LAYERS = [
     {"evaluation"},
     {"module", "callbacks"},
     {
+        "allocator",
         "config",
         "checks",
         "hints",

@@ -22,6 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from symbiotic.allocator import keep_freed_memory
 from symbiotic.checks.paths import check_paths
 from symbiotic.claim import claimed
 from symbiotic.config import CONF, Composer, load, spelled_out
@@ -98,6 +99,7 @@ def run_arc(config: Config) -> float:
     # Before torch loads OpenMP: its threads spin at every barrier by default, and with the judges of images in a second
     # process on two cores a step then takes ten times as long. 10,000 turns cost nothing when the cores are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    keep_freed_memory()
     folder, ranks = Path(config.run_dir), started()
     mine = ranks is None or ranks.rank == 0  # the others come when it has begun
     if config.dry_run and not mine:
