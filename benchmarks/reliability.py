@@ -73,7 +73,9 @@ def checkpoints(megabytes: int, rounds: int, folder: Path) -> dict[str, Any]:
 
 
 def finite(steps: int, rounds: int, folder: Path) -> dict[str, Any]:
-    arc = Arc(compose(["experiment=symbiotic", f"phases.steps={steps}", f"paths.runs={folder}", "threads=1"]))
+    arc = Arc(
+        compose(["experiment=symbiotic", "phases=none", f"phases.steps={steps}", f"paths.runs={folder}", "threads=1"])
+    )
     torch.set_num_threads(1)
     arc.prepare_data()
     if arc.scorers is not None:
