@@ -22,7 +22,7 @@ from symbiotic.data.formats import reading_parts
 from symbiotic.data.packing import build_sample
 from symbiotic.data.tokenizer import SPECIALS
 from symbiotic.evaluation.prompts import answers
-from symbiotic.images.vision import CONFIG
+from symbiotic.models.towers import CONFIG
 from symbiotic.runs import load_state
 from symbiotic.schema import RunError
 from symbiotic.studies.encode_shards import main as encode

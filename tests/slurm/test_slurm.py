@@ -72,7 +72,16 @@ def test_a_job_of_two_processes_trains_to_its_end(shared_tmp: Path, tmp_path: Pa
     assert difference(one, run)["train/"] < 1e-5
 
 
-def test_a_job_that_is_queued_again_stops_with_a_checkpoint_and_goes_on(shared_tmp: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("command", "signal"),
+    [
+        (["scontrol", "requeue"], "SIGTERM"),  # what a preemption does
+        (["scancel", "--signal=USR2"], "SIGUSR2"),  # what SLURM sends near the limit: the run queues its job again
+    ],
+)
+def test_a_job_that_is_queued_again_stops_with_a_checkpoint_and_goes_on(
+    command: list[str], signal: str, shared_tmp: Path, tmp_path: Path
+) -> None:
     long = ["phases.steps=24", "phases.shield_steps=6", "save_every=100", "evaluation.every=0"]
     whole = trained(0, [*BASE, *long, *folders(shared_tmp, tmp_path / "one", shared_tmp / "cache")])
     arguments = [*BASE, *long, *SHARED_OUT, *folders(shared_tmp, tmp_path / "job", shared_tmp / "cache")]
@@ -84,7 +93,7 @@ def test_a_job_that_is_queued_again_stops_with_a_checkpoint_and_goes_on(shared_t
 
     wait("the job trains", lambda: steps() >= 4, tmp_path / "log")
     (job,) = queued()
-    subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
+    subprocess.run([*command, job], check=True, timeout=60)
     wait("it stops", lambda: checkpoints(run / "checkpoints") != [], tmp_path / "log")
     stopped = newest_step(run / "checkpoints")
     assert 4 <= stopped < 24
@@ -92,6 +101,6 @@ def test_a_job_that_is_queued_again_stops_with_a_checkpoint_and_goes_on(shared_t
     process.wait(PATIENCE)
     wait("it ends", lambda: not queued(), tmp_path / "log")
     said = output(tmp_path / "job")
-    assert "SIGTERM: stopping after this step" in said
+    assert f"{signal}: stopping after this step" in said
     assert "the job goes on from the newest checkpoint when it is queued again" in said
     assert max(difference(whole, run)[what] for what in ("train/", "grad_norm/")) < 1e-5
