@@ -85,16 +85,32 @@ def test_a_run_on_streams(streamed: Path) -> None:
     assert account["sets"]["t2i"]["bad"] == 0
 
 
-def test_from_a_server_that_fails_a_run_has_the_same_bits(files: Path, streamed: Path, tmp_path: Path) -> None:
-    """Captions and texts over HTTP, every fifth connection dropped and every seventh answer 503; two workers."""
-    with serving(files, drop=5, busy=7) as server:
-        sources = overrides(files, f"{server.address}/pairs/{{00000..00003}}.tar", f"{server.address}/texts.jsonl")
+CANARIES = ("canary-password-1", "canary-signature-2", "canary-token-3", "canary-key-4", "canary-login-5")
+
+
+def test_from_a_server_that_fails_a_run_has_the_same_bits(
+    files: Path, streamed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions and texts over HTTP, every fifth connection dropped and every seventh answer 503; two workers. S4: of
+    the password, the signatures and what the environment holds, nothing is in a file of the run, its data and its cache.
+    """
+    password, signature, token, key, login = CANARIES
+    for name, value in (("HF_TOKEN", token), ("AWS_SECRET_ACCESS_KEY", key), ("WANDB_API_KEY", login)):
+        monkeypatch.setenv(name, value)
+    with serving(files, drop=5, busy=7, login=f"me:{password}") as server:
+        address = server.address.replace("//", f"//me:{password}@")
+        names = (f"{address}/pairs/{{00000..00003}}.tar?sig={signature}", f"{address}/texts.jsonl?token={signature}")
         more = ("data.source.wait=0.01", "data.num_workers=2")
-        config = run(tmp_path, "data=stream", *sources, *SMALL, *more)
+        config = run(tmp_path, "data=stream", *overrides(files, *names), *SMALL, *more)
         assert server.failed > 0
         assert server.sent("texts.jsonl") < 4 * (files / "texts.jsonl").stat().st_size
     one, other = (load_state(folder / "model.safetensors") for folder in (streamed, Path(config.run_dir)))
     assert all(torch.equal(one[name], other[name]) for name in one)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.yaml", "settings.json", "summary.json", "data_account.json"} <= {path.name for path in written}
+    for path in written:
+        found = path.read_bytes() + str(path).encode()
+        assert not [canary for canary in CANARIES if canary.encode() in found], path
 
 
 def test_a_run_on_data_of_others_written_once(files: Path, tmp_path: Path) -> None:
