@@ -92,7 +92,7 @@ def test_from_a_server_that_fails_a_run_has_the_same_bits(
     files: Path, streamed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Captions and texts over HTTP, every fifth connection dropped and every seventh answer 503; two workers. S4: of
-    the password, the signatures and what the environment holds, nothing is in a file of the run, its data and its cache.
+    the password, the signatures and what the environment holds, nothing is in a file of the run, its data or cache.
     """
     password, signature, token, key, login = CANARIES
     for name, value in (("HF_TOKEN", token), ("AWS_SECRET_ACCESS_KEY", key), ("WANDB_API_KEY", login)):
