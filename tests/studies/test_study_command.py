@@ -146,9 +146,8 @@ def untimed(text: str) -> Iterator[str]:
     for line in text.splitlines():
         cells = line.split(" | ")
         timed = timed if line.startswith("|") else []
-        if "seconds" in line:
-            timed = [n for n, cell in enumerate(cells) if "seconds" in cell] if line.startswith("|") else []
-        else:
+        timed = timed or [n for n, cell in enumerate(cells) if "training, s<" in cell]
+        if "seconds" not in line:
             yield " | ".join(cell for n, cell in enumerate(cells) if n not in timed)
 
 
