@@ -15,8 +15,9 @@ import re
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class Failure(float):
         return failure
 
 
+ENDED = "another process of this run ended; the same command goes on from the newest checkpoint"
+
 _FAILURES: list[Failure] = []  # of jobs in this process, for sweepers that return nothing
 
 
@@ -65,12 +68,14 @@ def job(cfg: DictConfig) -> float:
 
     hydra = HydraConfig.get()
     task = [str(o) for o in hydra.overrides.task]
+    member = f" ({' '.join(task)})" if str(hydra.mode).endswith("MULTIRUN") else ""
     try:
         raw = OmegaConf.to_container(cfg, resolve=False)
         assert isinstance(raw, dict)
         config = load(raw, dict(hydra.runtime.choices), task)  # type: ignore[arg-type]
         with handled(at_once):  # a launcher's process has handlers of its own
-            return run_member(config, run_arc) if (config.study or {}).get("member") else run_arc(config)
+            act = partial(run_arc, member=member)
+            return run_member(config, act) if (config.study or {}).get("member") else act(config)
     except Stopped as stopped:
         if "submitit" not in str(hydra.launcher._target_):
             raise
@@ -81,11 +86,36 @@ def job(cfg: DictConfig) -> float:
         line = one_line(error)
         if line is None:
             raise
-        member = f" ({' '.join(task)})" if str(hydra.mode).endswith("MULTIRUN") else ""
         if line:
-            print(redacted_text(f"error: {line}{member}"), file=sys.stderr, flush=True)
+            complain(line, member)
         _FAILURES.append(Failure(status=status_of(error)))
         return _FAILURES[-1]
+
+
+def complain(line: str, member: str) -> None:
+    print(redacted_text(f"error: {line}{member}"), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def together(member: str) -> Iterator[None]:
+    """Inside, the processes of a run complain of what all of them meet once: the first that has it says it, for others
+    may be stuck. A line that only one of them has is said by that one.
+
+    Raises:
+        Elsewhere: instead of what one line explains, when that was said.
+    """
+    from symbiotic.team import Elsewhere, size, unsaid
+
+    try:
+        yield
+    except Exception as error:
+        line = one_line(error)
+        if size() == 1 or not line:
+            raise
+        with handled(lambda number: None):  # the end of another process ends this one, but not before it has spoken
+            if unsaid(line, alone=line == ENDED):
+                complain(line, member)
+        raise Elsewhere(line) from error
 
 
 def queue_again(stopped: Stopped) -> None:
@@ -95,7 +125,8 @@ def queue_again(stopped: Stopped) -> None:
         subprocess.run(["scontrol", "requeue", job_id], check=False, timeout=60)
 
 
-def run_arc(config: Config) -> float:
+def run_arc(config: Config, member: str = "") -> float:
+    """member: the overrides that tell it from the other runs of a command, for its complaints."""
     # Before torch loads OpenMP: its threads spin at every barrier by default, and with the judges of images in a second
     # process on two cores a step then takes ten times as long. 10,000 turns cost nothing when the cores are free.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -109,7 +140,8 @@ def run_arc(config: Config) -> float:
         from symbiotic.team import joined
 
         try:
-            with joined(None if config.dry_run else ranks, str(config.trainer.get("accelerator", "cpu"))):
+            team = joined(None if config.dry_run else ranks, str(config.trainer.get("accelerator", "cpu")))
+            with team, together(member):
                 return float(run(config))
         finally:
             if config.dry_run:
@@ -127,6 +159,8 @@ def _remove_empty(folder: Path) -> None:
 
 def status_of(error: BaseException) -> int:
     """Exit status: 2 for a wrong config, 3 for a run that its alarm stopped (also in a forked rank), else 1."""
+    if type(error).__name__ == "Elsewhere" and error.__cause__ is not None:
+        return status_of(error.__cause__)
     if isinstance(error, ConfigError):
         return WRONG_CONFIG
     stopped = re.search(r"^(?:[\w.]+\.)?CollapseStop: ", str(error), re.MULTILINE)
@@ -139,7 +173,7 @@ def one_line(error: BaseException) -> str | None:
     if type(error).__name__ == "Elsewhere":
         return ""
     if isinstance(error, RuntimeError) and re.search(r"onnection (closed|reset) by (remote )?peer", str(error)):
-        return "another process of this run ended; the same command goes on from the newest checkpoint"
+        return ENDED
     if isinstance(error, (ConfigError, RunError)) or type(error).__name__ in _EXPECTED:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -7,6 +7,7 @@ A single process is a team of one, and waits for nobody. Ranks that a fit forks 
 from __future__ import annotations
 
 import datetime
+import hashlib
 import io
 import os
 import sys
@@ -24,16 +25,17 @@ PATIENCE = datetime.timedelta(days=2)  # that others have with the first one whi
 
 T = TypeVar("T")
 _group: Any = None  # over the CPU, with patience; None: this process is alone
+_store: Any = None  # where they leave word without waiting; it stays while its process lives: others may be late
 
 
 class Elsewhere(RunError):
-    """The first process failed, and has said why."""
+    """A process failed, and why has been said, here or there; here: `__cause__` is what it raised."""
 
 
 @contextmanager
 def joined(ranks: Ranks | None, accelerator: str) -> Iterator[None]:
     """Inside, the processes of a run know each other, and only the first one prints."""
-    global _group
+    global _group, _store
     if ranks is None:
         yield
         return
@@ -44,7 +46,9 @@ def joined(ranks: Ranks | None, accelerator: str) -> Iterator[None]:
         os.environ.update(MASTER_ADDR=cluster.main_address, MASTER_PORT=str(cluster.main_port))
         os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(ranks.size))
     backend = "nccl" if accelerator != "cpu" and torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.size)
+    store, *_ = next(dist.rendezvous("env://", ranks.rank, ranks.size))
+    _store = dist.PrefixStore("said", store)
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=ranks.rank, world_size=ranks.size)
     _group = dist.new_group(backend="gloo", timeout=PATIENCE)
     try:
         with redirect_stdout(sys.stdout if ranks.rank == 0 else io.StringIO()):
@@ -60,6 +64,18 @@ def is_first() -> bool:
 
 def size() -> int:
     return 1 if _group is None else dist.get_world_size()
+
+
+def unsaid(line: str, alone: bool = False) -> bool:
+    """Whether no process has asked this of the line before; alone: of any line, for one that others explain.
+
+    None waits for another, which may be stuck where it needs this one. Who cannot ask any more may say it.
+    """
+    try:
+        first_of_all = _store.add("lines", 1) == 1
+        return first_of_all if alone else _store.add(hashlib.sha256(line.encode()).hexdigest(), 1) == 1
+    except RuntimeError:  # whoever kept the store is gone
+        return True
 
 
 def agree(make: Callable[[], T]) -> T:
