@@ -14,10 +14,13 @@ from typing import Any
 
 import pytest
 
+from checkpoints import OLMOE
 from symbiotic import arc
 from symbiotic.callbacks.csv_log import last_values
 from symbiotic.config import CONF, compose, compose_evaluation
-from symbiotic.studies import ask, check_data, generate, inspection
+from symbiotic.files import write_json
+from symbiotic.ranks import planned
+from symbiotic.studies import ask, check_data, export_hf, generate, inspection
 from symbiotic.studies.request import parse_request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,6 +29,7 @@ DOCUMENTS = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (
         *(ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+        *ROOT.glob("docs/*.md"),
         *ROOT.glob("experiments/*/*.md"),
     )
 }
@@ -53,20 +57,30 @@ COMMANDS = [
 ]
 TRAIN = [command for command in COMMANDS if "src/train.py" in command]
 EVAL = [command for command in COMMANDS if "src/eval.py" in command]
-REQUESTS = [c for c in COMMANDS if re.search(r"src/(generate|ask|inspect_run|check_data)\.py", c)]
+REQUESTS = [c for c in COMMANDS if re.search(r"src/(generate|ask|inspect_run|check_data|export_hf)\.py", c)]
 MAP = rows(section("Paper map"))
 
 
 @pytest.mark.parametrize("command", TRAIN)
-def test_commands_compose(command: str) -> None:
-    arguments = shlex.split(command.partition("src/train.py")[2])
-    overrides = [argument for argument in arguments if "=" in argument]
+def test_commands_compose(command: str, tmp_path: Path) -> None:
+    """Under torchrun as in one of its ranks; a pretrained model is its config alone."""
+    starter, _, rest = command.partition("src/train.py")
+    write_json(tmp_path / "config.json", OLMOE)
+    arguments = shlex.split(re.sub(r"(?<= init_from=)\S+", str(tmp_path), rest))
+    overrides = [argument for argument in arguments if "=" in argument or argument.startswith("~")]
     assert set(arguments) - set(overrides) <= {"-m", "--cfg", "job"}
-    pairs = [override.split("=", 1) for override in overrides]
-    choices = [[f"{key}={v}" for v in ([values] if "[" in values else values.split(","))] for key, values in pairs]
+    choices = [choice_of(override) for override in overrides]
     assert "-m" in arguments or all(len(choice) == 1 for choice in choices)
-    for member in itertools.product(*choices):
-        compose(member)
+    count = dict(re.findall(r"--(nproc-per-node|nnodes) (\d+)", starter))
+    nodes = int(count.get("nnodes", 1))
+    with planned(nodes * int(count.get("nproc-per-node", 1)), nodes):
+        for member in itertools.product(*choices):
+            compose(member)
+
+
+def choice_of(override: str) -> list[str]:
+    key, equals, values = override.partition("=")
+    return [key + equals + value for value in ([values] if "[" in values or "{" in values else values.split(","))]
 
 
 @pytest.mark.parametrize("command", EVAL)
@@ -77,7 +91,8 @@ def test_commands_of_the_evaluation_compose(command: str) -> None:
 @pytest.mark.parametrize("command", REQUESTS)
 def test_commands_of_the_other_scripts_are_read(command: str) -> None:
     script, arguments = re.fullmatch(r"python src/(\w+)\.py (.*)", command).groups()  # type: ignore[union-attr]
-    module = {"generate": generate, "ask": ask, "inspect_run": inspection, "check_data": check_data}[script]
+    scripts = {"generate": generate, "ask": ask, "inspect_run": inspection, "check_data": check_data}
+    module = (scripts | {"export_hf": export_hf})[script]
     parse_request(module.Request, shlex.split(arguments), module.READ)
 
 
@@ -89,7 +104,8 @@ def test_make_targets_and_links_exist(name: str) -> None:
     named = {match for command in written for match in re.findall(r"^make ([a-z-]+)", command)}
     assert named <= targets
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
-    assert [link for link in links if not ((ROOT / name).parent / link).exists()] == []
+    files = [link.partition("#")[0] for link in links]
+    assert [file for file in files if file and not ((ROOT / name).parent / file).exists()] == []
 
 
 def test_the_axes_are_those_of_conf() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from people import TOKENIZER, img2dataset, texts
 from symbiotic.callbacks.csv_log import read_rows
@@ -68,9 +70,17 @@ def test_a_run_from_olmoe_on_shards_of_img2dataset_ends_in_a_report(tmp_path: Pa
     (run,) = (tmp_path / "runs" / "smoke").glob("symbiotic_bridge-*")
     receipt = json.loads((run / "receipt.json").read_text())
     assert receipt["parameters"]["added"] == 0
+    sizes = {name: value.numel() for name, value in load_file(run / "init.safetensors").items()}
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "olmoe", local_files_only=True).num_parameters()
+    latent = sum(size for name, size in sizes.items() if name.startswith(("latent_", "time_in.")))
+    patches = sum(size for name, size in sizes.items() if name.startswith("vit_"))
+    assert receipt["parameters"]["latent_modules"] == latent
+    assert sum(sizes.values()) == read + latent + patches, "nothing else is new"
     assert receipt["masks_off"]["max_logit_change"] <= 1e-5
     assert receipt["pretrained"]["architecture"] == "OlmoeForCausalLM"
     rows = [row for row in read_rows(run / "metrics.csv") if row.get("train/flow")]
+    assert len(rows) == 40
+    assert all(math.isfinite(float(row["train/loss"])) for row in rows)
     first, last = ([float(row["train/flow"]) for row in part] for part in (rows[:5], rows[-5:]))
     assert sum(last) < 0.7 * sum(first)
     account = json.loads((run / "data_account.json").read_text())
@@ -81,8 +91,10 @@ def test_a_run_from_olmoe_on_shards_of_img2dataset_ends_in_a_report(tmp_path: Pa
             f"evaluation.benchmarks.mmlu.folder={tmp_path}/mmlu", f"report={tmp_path}/report")  # fmt: skip
     report = (tmp_path / "report" / "report.md").read_text()
     assert "symbiotic_bridge" in report
+    assert str(receipt["parent"]) in report
     assert "mmlu_share" in report
 
     command("src/export_hf.py", f"run={run}", f"out={tmp_path}/back")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", local_files_only=True)
     assert type(model).__name__ == "OlmoeForCausalLM"
+    assert model.num_parameters() == read

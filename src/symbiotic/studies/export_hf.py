@@ -35,6 +35,9 @@ python src/export_hf.py run=runs/symbiotic/symbiotic-…-seed0
 """
 
 
+READ = {"step": whole, "ema": flag, "shard": whole}
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for; `USAGE` says what the keys mean."""
@@ -54,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def act(arguments: Sequence[str]) -> None:
-    request = parse_request(Request, arguments, {"step": whole, "ema": flag, "shard": whole})
+    request = parse_request(Request, arguments, READ)
     check_weights_choice(request.checkpoint, request.step, request.ema)
     if request.shard < 1:
         raise ConfigError(f"shard={request.shard}: must be at least 1")
