@@ -99,16 +99,31 @@ def test_a_run_without_settings_is_not_continued(tmp_path: Path) -> None:
         hold(tmp_path, settings(compose([*SMOKE]), MADE, "f00d"), (), begun=True, step=lambda: 0)
 
 
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def test_a_run_that_is_changed_on_the_way_says_so(shared_tmp: Path, tmp_path: Path) -> None:
     """It ends, with another learning rate and seed than it began with; summary, record and audit have it."""
     config = smoke(shared_tmp, tmp_path / "run")
     arc.run(config)
     folder = Path(config.run_dir)
     before = read_json(folder / "summary.json")
+    whole = bytes_of(folder)
+    for change, line in (
+        ("seed=1 data.samples=8", r"seed 0 -> 1; data\.samples \d+ -> 8"),
+        ("model.num_layers=3", "2 -> 3"),
+    ):
+        with pytest.raises(RunError, match=rf"this run is finished, and was another: .*{line}; take another run_dir"):
+            arc.run(smoke(shared_tmp, folder, *change.split()))
+    arc.run(smoke(shared_tmp, folder))
+    assert bytes_of(folder) == whole
     for name in ("model.safetensors", "summary.json", "checkpoints/step=000008.ckpt"):
         (folder / name).unlink()
+    left = bytes_of(folder)
     with pytest.raises(RunError, match=r"seed 0 -> 1; rates\.lr 0\.0003 -> 0\.001; .*allow_changes=\[seed,rates\.lr\]"):
         arc.run(smoke(shared_tmp, folder, "rates.lr=1e-3", "seed=1"))
+    assert bytes_of(folder) == left
     arc.run(smoke(shared_tmp, folder, "rates.lr=1e-3", "seed=1", "allow_changes=[seed,rates.lr]"))
     summary = read_json(folder / "summary.json")
     assert [(change["key"], change["step"]) for change in summary["changes"]] == [("seed", 4), ("rates.lr", 4)]

@@ -60,7 +60,7 @@ from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
 from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
-from symbiotic.resume import changes, hold, identities, identity, settings
+from symbiotic.resume import changes, hold, hold_finished, identities, identity, settings
 from symbiotic.runs import (
     Journal,
     digest,
@@ -82,7 +82,6 @@ from symbiotic.team import agree, first, is_first, size
 from symbiotic.trained import EMA as EMA_FILE
 from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, PRETRAINED, PRETRAINED_TOKENS, TOKENIZER, reads_images
 from symbiotic.training.phases import mix_schedule
-from symbiotic.training.roles import assign_roles
 from symbiotic.training.sharded import whole
 
 GENERATION_SETS = ("t2i", "t2i_long")
@@ -104,13 +103,15 @@ def run(config: Config) -> float:
         ConfigError, DataError, RunError: what is wrong, in one line.
     """
     torch.set_num_threads(config.threads)
-    model = model_of(config).initialise(config.seed).adapt(config.lora, config.seed)
-    roles = assign_roles((name for name, _ in model.named_parameters()), config.rates.roles)
-    summary.show_plan(config, model, set(roles.values()))
     if config.dry_run:
+        summary.show_plan(config)
         return math.nan
-    del model
-    return Arc(config).run()
+    arc = Arc(config)
+    done = arc.begin()
+    if done is not None:
+        return done
+    summary.show_plan(config)
+    return arc.run()
 
 
 class Arc:
@@ -123,8 +124,6 @@ class Arc:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.cache.mkdir(parents=True, exist_ok=True)
-            if is_first():
-                save_config(config, self.folder / "config.yaml")
         except OSError as error:
             raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
         self.journal = Journal(self.cache / "seconds.json", keeps=is_first())
@@ -133,13 +132,27 @@ class Arc:
         self.ema_scores: Scores | None = None
         self.told: set[str] = set()
 
-    def run(self) -> float:
-        done = agree(lambda: summary.finished(self.folder, self.config))
-        if done is not None and not self.config.parent_only:
+    def begin(self) -> float | None:
+        """The metric of a run that is finished, which is shown; None for one that begins or goes on.
+
+        Raises:
+            RunError: it began with other settings. Then nothing of it was written.
+        """
+        done = None if self.config.parent_only else agree(lambda: summary.finished(self.folder, self.config))
+        if done is not None:
+            agree(lambda: hold_finished(self.folder, settings(self.config, self.provenance, "")))
             print(f"{self.folder} is finished; its summary:\n{(self.folder / 'summary.txt').read_text()}")
             return done
         if not self.config.parent_only:
             agree(self.hold)
+        if is_first():
+            try:
+                save_config(self.config, self.folder / "config.yaml")
+            except OSError as error:
+                raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
+        return None
+
+    def run(self) -> float:
         with first():
             self.prepare_data()
         try:

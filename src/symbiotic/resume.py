@@ -48,29 +48,38 @@ def hold(folder: Path, now: Mapping[str, Any], allowed: Sequence[str], begun: bo
         RunError: something else differs; each key is named with its old and new value.
         ConfigError: something is allowed that does not differ, and never did.
     """
-    known = read_json(folder / SETTINGS)
+    known = _kept(folder)
     if begun and known is None:
-        why = (
-            f"its {SETTINGS} is damaged" if unreadable(folder / SETTINGS) else f"begun by code that kept no {SETTINGS}"
-        )
+        why = f"its {SETTINGS} is damaged" if (folder / SETTINGS).exists() else f"begun by code that kept no {SETTINGS}"
         raise RunError(f"{folder}: {why}; remove the folder to run it anew")
-    keys = [*now, *(key for key in known if key not in now)] if begun and known is not None else []
-    apart = {key: (known.get(key), now.get(key)) for key in keys if known.get(key) != now.get(key)}
+    apart = _apart(known, now) if begun and known is not None else {}
     before = [change["key"] for change in changes(folder)]
     idle = [name for name in allowed if not any(_below(key, name) for key in (*apart, *before))]
     if idle:
         raise ConfigError(f"allow_changes=[{','.join(idle)}]: has no effect: nothing of it differs in {folder}")
     refused = {key: pair for key, pair in apart.items() if not any(_below(key, name) for name in allowed)}
     if refused:
-        listed = "; ".join(f"{key} {old} -> {new}" for key, (old, new) in refused.items())
         way = f"go back, remove the folder to run it anew, or have it on record: allow_changes=[{','.join(refused)}]"
-        raise RunError(f"{folder}: this run began otherwise: {listed}; {way}")
+        raise RunError(f"{folder}: this run began otherwise: {_listed(refused)}; {way}")
     if apart:
         at = step()
         time = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         made = [{"key": key, "old": old, "new": new, "step": at, "time": time} for key, (old, new) in apart.items()]
         write_json(folder / CHANGES, [*changes(folder), *made])
     write_json(folder / SETTINGS, dict(now))
+
+
+def hold_finished(folder: Path, now: Mapping[str, Any]) -> None:
+    """A run that is finished is shown again to who asks for it: its settings; code, versions and data may be others.
+
+    Raises:
+        RunError: a setting differs; each key is named with its old and new value.
+    """
+    free = ("code", "corpus", *VERSIONS)
+    apart = {key: pair for key, pair in _apart(_kept(folder) or now, now).items() if key not in free}
+    if apart:
+        what = f"this run is finished, and was another: {_listed(apart)}"
+        raise RunError(f"{folder}: {what}; take another run_dir, or none")
 
 
 def changes(folder: Path) -> list[dict[str, Any]]:
@@ -94,12 +103,28 @@ def identity(settings: Mapping[str, Any]) -> dict[str, str]:
 
 def identities(folder: Path) -> set[str]:
     """Those of the settings that the run had since it began, the present ones included, from its record of changes."""
-    now = dict(read_json(folder / SETTINGS) or {})
+    now = dict(_kept(folder) or {})
     found = set(identity(now).values()) if now else set()
     for change in reversed(changes(folder)):
         now[change["key"]] = change["old"]
         found |= set(identity(now).values()) if now else set()
     return found
+
+
+def _kept(folder: Path) -> dict[str, Any] | None:
+    """The settings of a run folder; None where there are none that can be read."""
+    known = read_json(folder / SETTINGS)
+    return known if isinstance(known, dict) else None
+
+
+def _apart(known: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> old and new value, of what differs."""
+    keys = [*now, *(key for key in known if key not in now)]
+    return {key: (known.get(key), now.get(key)) for key in keys if known.get(key) != now.get(key)}
+
+
+def _listed(apart: Mapping[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{key} {old} -> {new}" for key, (old, new) in apart.items())
 
 
 def _below(key: str, name: str) -> bool:

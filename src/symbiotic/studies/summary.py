@@ -14,7 +14,7 @@ from symbiotic.callbacks.events import read_events
 from symbiotic.callbacks.in_loop_evaluation import SCORES, read_scores
 from symbiotic.evaluation.embedded import Scores
 from symbiotic.evaluation.names import EMBEDDED
-from symbiotic.models.unified import UnifiedModel
+from symbiotic.models.unified import model_of
 from symbiotic.resume import changes
 from symbiotic.runs import read_json, write_json, write_text
 from symbiotic.schema import Config, ConfigError, RunError
@@ -22,6 +22,7 @@ from symbiotic.studies import console
 from symbiotic.studies.curves import draw_instruments
 from symbiotic.studies.inventory import inventory
 from symbiotic.studies.timeline import draw_timeline
+from symbiotic.training.roles import assign_roles
 
 if TYPE_CHECKING:
     from symbiotic.arc import Arc
@@ -34,9 +35,11 @@ JUDGES = ("classifier", "classifier_augmented", "clip_retrieval")
 """Which of the scorers' own figures are accuracies."""
 
 
-def show_plan(config: Config, model: UnifiedModel, roles: set[str]) -> None:
+def show_plan(config: Config) -> None:
     """The phase table and the parameter table, before anything is trained."""
+    model = model_of(config).adapt(config.lora, config.seed)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    roles = assign_roles((name for name, p in model.named_parameters() if p.requires_grad), config.rates.roles).values()
     components = inventory(shapes, config.model, config.system)
     parameters = console.parameter_table(components, f"Parameters: {config.system.name}")
     listed = [role for role in config.rates.roles if role in roles]
