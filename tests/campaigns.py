@@ -59,8 +59,11 @@ def disturb(
         sent, before, began, earlier = number(), newest_sound(saved), len(starts(folder)), len(steps(folder))
         process = subject.start(folder)
         time.sleep(rng.uniform(0.0, 0.8 * seconds))
-        kill([process], sent)
+        everyone = family(process)
+        to_all = sent != signal.SIGKILL and rng.random() < 0.5  # as `timeout` and service managers do
+        kill(everyone if to_all else [process], sent)
         status = ended(process)
+        wrong += left_behind(everyone)
         wrong += misplaced(folder, began, before)
         wrong += lost(subject, folder, steps(folder)[earlier:], before, sent)
         if status == 0:
@@ -73,6 +76,14 @@ def disturb(
     before, began = newest_sound(saved), len(starts(folder))
     subject.whole(folder)
     return hits, wrong + misplaced(folder, began, before)
+
+
+def left_behind(everyone: Sequence[int], patience: float = 10.0) -> list[str]:
+    """Workers of loaders, and ranks, end with the process that they work for."""
+    until = time.monotonic() + patience
+    while any(map(alive, everyone)) and time.monotonic() < until:
+        time.sleep(0.02)
+    return [f"process {process} is still there after {patience:.0f} s" for process in everyone if alive(process)]
 
 
 def misplaced(folder: Path, began: int, before: int) -> list[str]:

@@ -20,7 +20,7 @@ FEW = (
     (*subjects.MEMORY, "data.micro_batches=3", "data.num_workers=2", "evaluation.every=0", "save_every=1"),
     (*subjects.MEMORY, "data.micro_batches=1", "data.num_workers=0", "evaluation.every=0", "save_every=7"),
 )
-EVALUATED = ((*subjects.MEMORY, "data.micro_batches=1", "data.num_workers=0", "evaluation.every=5", "save_every=8"),)
+EVALUATED = ((*subjects.MEMORY, "data.micro_batches=1", "data.num_workers=2", "evaluation.every=5", "save_every=8"),)
 CAMPAIGNS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
     "9 kills": lambda shared, folder: campaigns.kills(FEW, 9, shared, folder, times=5),
     "4 signals": lambda shared, folder: campaigns.signals(EVALUATED, 4, shared, folder, seed=1),

@@ -5,12 +5,15 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 import intruders
+from campaigns import left_behind
 from symbiotic.claim import claimed, let_go, owner
 from symbiotic.schema import RunError
 
@@ -75,6 +78,35 @@ def test_a_worker_that_outlives_its_killed_process_holds_nothing(tmp_path: Path)
         os.waitpid(process, 0)
         assert (owner(folder) is None) == lets_go
         os.kill(worker, signal.SIGKILL)
+
+
+ORPHAN = """
+import multiprocessing, os, time
+from symbiotic.claim import serve
+
+def work():
+    print(os.getpid(), flush=True)
+    time.sleep({before})
+    serve()
+    print("serves", flush=True)
+    time.sleep(60)
+
+multiprocessing.get_context("fork").Process(target=work, daemon=True).start()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("before", [0.0, 0.5])
+def test_a_worker_ends_with_its_process_also_where_that_died_before_it_began(before: float) -> None:
+    command = [sys.executable, "-c", ORPHAN.format(before=before)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        if not before:
+            assert process.stdout.readline() == "serves\n"
+        process.kill()
+        assert process.stdout.read() == ""  # to the end: the worker has closed it, too, and never served
+    assert left_behind([worker]) == []
 
 
 def children(process: int) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 import campaigns
 import saves
 import subjects
-from symbiotic import files
+from symbiotic import claim, files
 from symbiotic import fit as fitting
 from symbiotic.callbacks import checkpoint as saving
 from symbiotic.callbacks.checkpoint import AtomicCheckpointIO
@@ -35,6 +35,11 @@ def damages(shared: Path, folder: Path) -> dict[str, Any]:
 
 def signals(shared: Path, folder: Path) -> dict[str, Any]:
     return campaigns.signals(((*CASE[0][:-1], "save_every=100"),), 3, shared, folder, seed=1)
+
+
+def signals_to_workers(shared: Path, folder: Path) -> dict[str, Any]:
+    case = (*subjects.MEMORY, "data.micro_batches=1", "data.num_workers=2", "evaluation.every=0", "save_every=100")
+    return campaigns.signals((case,), 8, shared, folder, seed=1)
 
 
 def lines(shared: Path, folder: Path) -> dict[str, Any]:
@@ -107,6 +112,11 @@ def the_manifest_first(patch: Patch) -> None:
     patch.setattr(Path, "replace", replace)
 
 
+def workers_end_first(patch: Patch) -> None:
+    """A signal to all processes ends the workers of the loader, which the last step needs."""
+    patch.setattr(fitting, "serve", claim.let_go)
+
+
 def in_place(patch: Patch) -> None:
     """Under the final name from the first byte on."""
 
@@ -127,6 +137,7 @@ MUTANTS: dict[str, tuple[Callable[[Patch], None], Campaign, str]] = {
     "the data begin anew": (data_from_the_start, kills, r"step \d+: batches differs"),
     "moments of the save before": (moments_of_the_save_before, kills, r"step \d+: moments differs"),
     "no checkpoint at a stop": (no_checkpoint_at_a_stop, signals, r"after SIG\w+ at step \d+ the newest checkpoint"),
+    "workers end at a signal": (workers_end_first, signals_to_workers, r"exit status 1 after SIGTERM"),
     "no checksum is looked at": (no_checksum, damages, r"it went on from step \d+, not |exit status 1"),
     "written in place": (in_place, writes, r"unreadable: "),
     "one is kept": (one_kept, lines, r"only 1 checkpoints are sound"),

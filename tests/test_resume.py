@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from symbiotic import arc
+from symbiotic.callbacks.csv_log import read_rows
+from symbiotic.callbacks.events import read_events, rewind_events
+from symbiotic.callbacks.in_loop_evaluation import read_scores
 from symbiotic.config import compose
 from symbiotic.files import read_json, write_json
 from symbiotic.resume import CHANGES, SETTINGS, changes, hold, settings
@@ -97,6 +101,23 @@ def test_a_run_without_settings_is_not_continued(tmp_path: Path) -> None:
     write_json(tmp_path / "receipt.json", {"parent": "stage 0"})
     with pytest.raises(RunError, match=r"begun by code that kept no settings\.json; remove the folder"):
         hold(tmp_path, settings(compose([*SMOKE]), MADE, "f00d"), (), begun=True, step=lambda: 0)
+
+
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00", b"17\n", b"[1, 2]\n", b'{"step": 1}\n', b"{"])
+def test_damaged_lines_of_the_records_cost_themselves(damage: bytes, tmp_path: Path) -> None:
+    event, scores = {"step": 3, "kind": "phase", "text": "x"}, {"step": 5, "scores": {"reading": 0.5}}
+    (tmp_path / "events.jsonl").write_bytes(damage + b"\n" + json.dumps(event).encode() + b"\n")
+    assert read_events(tmp_path) == [event]
+    rewind_events(tmp_path, 3)
+    assert read_events(tmp_path) == [event]
+    (tmp_path / "scores.jsonl").write_bytes(damage + b"\n" + json.dumps(scores).encode() + b"\n")
+    assert read_scores(tmp_path / "scores.jsonl") == {5: {"reading": 0.5}}
+    (tmp_path / "metrics.csv").write_bytes(b"step,a\n1,2\n" + damage + b"\n3,4\n")
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.csv")] == ["1", "3"]
+    (tmp_path / "settings.json").write_bytes(damage)
+    if damage == b"[1, 2]\n":
+        with pytest.raises(RunError, match=r"its settings\.json is damaged"):
+            hold(tmp_path, settings(compose([*SMOKE]), MADE, "f00d"), (), begun=True, step=lambda: 0)
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

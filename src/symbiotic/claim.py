@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from symbiotic.schema import RunError
 
 CLAIM = ".claim"
+_PR_SET_PDEATHSIG = 1  # of prctl
 
 _held: set[IO[str]] = set()  # of this process, or of the one that it was forked from
 
@@ -60,6 +64,21 @@ def let_go(*_: Any) -> None:
     for file in _held:
         file.close()
     _held.clear()
+
+
+def serve(*_: Any) -> None:
+    """In a worker of a loader: hold no claim, end with the process that it reads for, and leave its end to that one.
+
+    A first SIGTERM to all processes (a service manager, `timeout`) would end the workers, and with them the step that
+    is to be finished; the second ends them. torch's watch does not see a parent that died before the worker had begun.
+    """
+    let_go()
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    with suppress(OSError, AttributeError):  # Linux alone has it
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid != os.getppid():
+        os._exit(1)
 
 
 def owner(folder: Path) -> str | None:

@@ -198,6 +198,17 @@ def read_json(path: Path) -> Any:
         return None
 
 
+def read_objects(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The JSON objects of a file, one a line, that have these keys; lines that a kill or damage broke are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        with suppress(ValueError):
+            value = json.loads(line)
+            if isinstance(value, dict) and set(keys) <= set(value):
+                found.append(value)
+    return found
+
+
 def unreadable(path: Path) -> bool:
     """Whether a file is there and is no JSON."""
     return path.exists() and read_json(path) is None

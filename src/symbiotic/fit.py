@@ -25,7 +25,7 @@ from symbiotic.callbacks.events import rewind_events
 from symbiotic.callbacks.stop_at_step import StopAtStep
 from symbiotic.callbacks.stream_state import StreamState
 from symbiotic.checks.trainer import SHARDED, num_ranks
-from symbiotic.claim import let_go
+from symbiotic.claim import serve
 from symbiotic.config import instantiate
 from symbiotic.data.loader import MicroBatches, MicroBatchSampler, loader_options, train_loader
 from symbiotic.data.stream_plan import StreamLoader, StreamPlan
@@ -44,7 +44,7 @@ def make_loader(
     data = config.data
     if isinstance(dataset.plan, StreamPlan):
         sampler = MicroBatchSampler(config.phases.steps, start_step, data.micro_batches, rank, world)
-        return StreamLoader(dataset, dataset.plan, loader_options(sampler, data.num_workers, let_go))
+        return StreamLoader(dataset, dataset.plan, loader_options(sampler, data.num_workers, serve))
     return train_loader(
         dataset,
         config.phases.steps,
@@ -53,7 +53,7 @@ def make_loader(
         data.num_workers,
         rank=rank,
         world=world,
-        worker_init=let_go,  # a worker lives on for seconds when its process is killed, and the run goes on before
+        worker_init=serve,
     )
 
 

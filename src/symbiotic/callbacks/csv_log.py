@@ -101,7 +101,7 @@ def read_rows(path: Path) -> list[Row]:
     """The complete rows of a metrics.csv, as text; none when there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from symbiotic.files import write_text
+from symbiotic.files import read_objects, write_text
 from symbiotic.redact import redacted_text, redacted_texts
 
 EVENTS = "events.jsonl"
@@ -34,16 +34,8 @@ def record_event(trainer: Trainer, step: int, kind: str, text: str, **data: Any)
 
 
 def read_events(folder: Path | str) -> list[Event]:
-    """The events of a run folder, oldest first; a line that a kill cut off is left out."""
-    path = Path(folder) / EVENTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    events = []
-    for line in lines:
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return events
+    """The events of a run folder, oldest first; a line that a kill cut off, or that was damaged, is left out."""
+    return read_objects(Path(folder) / EVENTS, "step", "kind", "text")
 
 
 def rewind_events(folder: Path | str, step: int) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from symbiotic.callbacks.log import log_metrics
 from symbiotic.callbacks.step import StepCallback
-from symbiotic.files import write_text
+from symbiotic.files import read_objects, write_text
 
 SCORES = "scores.jsonl"
 
@@ -60,8 +60,5 @@ def record_scores(path: Path | str, step: int, scores: Mapping[str, float]) -> N
 
 
 def read_scores(path: Path | str) -> dict[int, dict[str, float | None]]:
-    """Step -> scores; empty when there is no file."""
-    path = Path(path)
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    records = [json.loads(line) for line in lines if line]
-    return {int(record["step"]): record["scores"] for record in records}
+    """Step -> scores; empty when there is no file. Lines that were damaged are left out."""
+    return {int(record["step"]): record["scores"] for record in read_objects(Path(path), "step", "scores")}

@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
+
+from symbiotic.files import read_objects
 
 FILE = "ledger.jsonl"
 What = Literal["run", "parent"]
@@ -47,12 +50,10 @@ def add(folder: Path, entry: Entry) -> None:
 
 def read(folder: Path) -> list[Entry]:
     """Lines that cannot be read (a kill in the middle of one) are left out."""
-    path, found = folder / FILE, []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            found.append(Entry(**json.loads(line)))
-        except (ValueError, TypeError):
-            continue
+    found = []
+    for line in read_objects(folder / FILE):
+        with suppress(TypeError):  # of other keys
+            found.append(Entry(**line))
     return found
 
 
