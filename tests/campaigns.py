@@ -217,19 +217,24 @@ def ranks(count: int, shared: Path, folder: Path, seed: int = 0) -> dict[str, An
     return {"hits": hits, "slowest s": round(slowest, 1), "wrong": wrong, "seconds": time.monotonic() - start}
 
 
+def in_turns(subjects: Sequence[Subject], folder: Path, stops: Sequence[int | None]) -> None:
+    """Each goes on where the one before was stopped, at its first checkpoint of that step; None: to the end."""
+    for subject, until in zip(subjects, stops, strict=True):
+        process = subject.start(folder)
+        while until is not None and alive(process):
+            if (folder / "checkpoints" / f"step={until:06d}.ckpt.json").exists():
+                kill([process], signal.SIGTERM)
+                break
+            time.sleep(0.002)
+        ended(process)
+
+
 def elastic(shared: Path, folder: Path) -> dict[str, Any]:
     """R7: one rank, then two, then one, at the same micro-batches: the same samples, the loss within 1e-5."""
     start, overrides = time.monotonic(), (*MEMORY, "data.micro_batches=4", "save_every=5", "evaluation.every=0")
     subjects = [Subject(overrides, shared, folder, ranks=n) for n in (1, 2, 1)]
     subjects[0].whole(folder / "reference")
-    for subject, until in zip(subjects, (5, 10, None), strict=True):
-        process = subject.start(folder / "run")
-        while until is not None and alive(process):
-            if (folder / "run" / "checkpoints" / f"step={until:06d}.ckpt.json").exists():
-                kill([process], signal.SIGTERM)
-                break
-            time.sleep(0.002)
-        ended(process)
+    in_turns(subjects, folder / "run", (5, 10, None))
     known = {line["step"]: line for _, line in lines(folder / "reference")}
     batches, wrong = dict[int, set[str]](), list[str]()
     for _, line in lines(folder / "run"):

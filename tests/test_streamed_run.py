@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import random
 import re
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from campaigns import disturb
+from campaigns import disturb, in_turns
 from people import TOKENIZER, img2dataset, jsonl, llava
 from served import serving
-from subjects import Subject, alive, apart, ended, kill, lines
+from subjects import Subject, apart, lines
 from symbiotic import arc
 from symbiotic.callbacks.checkpoint import newest_valid
 from symbiotic.config import compose
@@ -142,14 +140,7 @@ def test_streams_go_on_with_another_number_of_ranks(given: list[str], tmp_path: 
     chosen = (*given, "data.micro_batches=4", "save_every=5", "evaluation.every=0")
     subjects = [Subject(chosen, tmp_path / "shared", tmp_path, ranks=n) for n in (1, 2, 1)]
     subjects[0].whole(tmp_path / "reference")
-    for subject, until in zip(subjects, (5, 10, None), strict=True):
-        process = subject.start(tmp_path / "run")
-        while until is not None and alive(process):
-            if (tmp_path / "run" / "checkpoints" / f"step={until:06d}.ckpt.json").exists():
-                kill([process], signal.SIGTERM)
-                break
-            time.sleep(0.002)
-        ended(process)
+    in_turns(subjects, tmp_path / "run", (5, 10, None))
     known = {line["step"]: set(line["batches"]) for _, line in lines(tmp_path / "reference")}
     seen: dict[int, set[str]] = {}
     for _, line in lines(tmp_path / "run"):

@@ -224,22 +224,21 @@ class Arc:
         reader = ShardReader(self.data / "shards", self.index)
         self.encoded = [Encoded.open(folder, self.index) for folder in self.config.data.encoded]
         self.check_vectors()
-        self.autoencoder, self.vision = self.encoder("vae"), self.encoder("vit")
+        node = self.config.data.autoencoder
+        self.autoencoder = self.held("vae", instantiate(node, "data.autoencoder") if node is not None else None)
+        self.vision = self.held("vit", reads_images(self.config))
         tower = [Made(self.vision)] if self.vision is not None and self.config.model.vision is not None else []
         self.vectors: list[Encoded | Made] = [*self.encoded, *tower]
         for one in self.vectors:
             self.index = one.counts(self.index, reader)
 
-    def encoder(self, kind: str) -> Any:
-        """What made the vectors of this kind, to draw or to read further images; None where the config has none.
+    def held(self, kind: str, made: Any) -> Any:
+        """What made the vectors of this kind, to draw or to read further images, held against those that are there.
 
         Raises:
             ConfigError: it is another one, or it is missing and the run draws.
         """
         key = {"vae": "autoencoder", "vit": "vision"}[kind]
-        node = self.config.data.autoencoder
-        drawn = instantiate(node, "data.autoencoder") if kind == "vae" and node is not None else None
-        made = reads_images(self.config) if kind == "vit" else drawn
         for one in (one for one in self.encoded if one.kind == kind):
             if made.fingerprint != one.fingerprint if made is not None else kind == "vae":
                 has = "null" if made is None else f"encoder {made.fingerprint}"

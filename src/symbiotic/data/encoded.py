@@ -165,12 +165,11 @@ class Made:
     """The same of images that are read, made from the pixels when a sample is: for a vision tower inside the model."""
 
     encoder: ImageEncoder
-    kind: str = "vit"
 
     def counts(self, index: ShardIndex, reader: ShardReader) -> ShardIndex:
         """The index with the lengths that the samples have with these vectors."""
         tokens, dropped = index.num_tokens.copy(), index.dropped_tokens.copy()
-        for sample in wanted(index, self.kind):
+        for sample in wanted(index, self.encoder.kind):
             h, w = self.encoder.grid(*image_size(reader.record(int(sample))))
             more = h * w - _read_patches(reader, int(sample))
             tokens[sample] += more

@@ -20,7 +20,7 @@ from symbiotic.data.bad import BadSample, Refused, printable
 from symbiotic.data.checks import Checks, Place, ShardSample, judged
 from symbiotic.data.errors import DataError
 from symbiotic.data.records import check_depth, parse_record
-from symbiotic.data.scan import Event, ShardEnd, read_shard
+from symbiotic.data.scan import Event, ShardEnd, opened, read_shard
 from symbiotic.data.tar import RECORDS, LocalSource, OpenSource, Source, find_files, open_plain, read_members, suffix_of
 
 _CHUNK = 1 << 20  # bytes read at a time
@@ -38,14 +38,8 @@ def read_file(
     if suffix not in RECORDS:
         yield from read_shard(name, checks, start, open_source, unique)
         return
-    try:
-        source = open_source(name)
-    except OSError as error:
-        bad = BadSample(name, "", "unreadable_shard", printable(error.strerror or error))
-        yield Event(name, None, ShardEnd(0, 0, bad))
-        return
-    with source as opened:
-        yield from _events(name, opened, checks, start, {".jsonl": _lines, ".json": _items}.get(suffix, _rows))
+    records = {".jsonl": _lines, ".json": _items}.get(suffix, _rows)
+    yield from opened(name, open_source, lambda file: _events(name, file, checks, start, records))
 
 
 def _events(name: str, source: Source, checks: Checks, start: int, rows: Any) -> Iterator[Event]:

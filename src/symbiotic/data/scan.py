@@ -6,7 +6,7 @@ member of another key and never reaches past its shard.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -42,14 +42,19 @@ def read_shard(
 
     unique: keys must not come back, for which the headers before `start` are read, too; else nothing before it is.
     """
+    yield from opened(name, open_source, lambda file: _events(name, file, checks, start, unique))
+
+
+def opened(name: str, open_source: OpenSource, events: Callable[[Source], Iterator[Event]]) -> Iterator[Event]:
+    """What `events` makes of the open file; of one that cannot be opened, an end that says so."""
     try:
         source = open_source(name)
     except OSError as error:
         bad = BadSample(name, "", "unreadable_shard", printable(error.strerror or error))
         yield Event(name, None, ShardEnd(0, 0, bad))
         return
-    with source as opened:
-        yield from _events(name, opened, checks, start, unique)
+    with source as file:
+        yield from events(file)
 
 
 def _events(name: str, source: Source, checks: Checks, start: int, unique: bool) -> Iterator[Event]:

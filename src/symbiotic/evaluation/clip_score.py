@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from symbiotic.evaluation.assets import asset, at_least, content_hash, versions
 from symbiotic.evaluation.benchmark import Benchmark, Record, Value, device_of, mean
 from symbiotic.evaluation.caption_lists import CAPTIONS_FROM, available, drawn, read_caption_list
 from symbiotic.evaluation.context import Context
+from symbiotic.models.towers import one_line, quiet
 
 OPENAI = "ViT-B-32-quickgelu"
 CONFIG = "open_clip_config.json"
@@ -177,20 +176,3 @@ def load_clip(files: ClipFiles, device: torch.device, preprocess: dict[str, Any]
             raise DataError(f"{weights}: not weights of {name} ({one_line(error)}){hint}") from error
     transform = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
     return Clip(model, transform, tokenizer, device)
-
-
-def one_line(error: Exception) -> str:
-    """The first line of a message, and the first below it, of torch's lists of keys."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[:2])[:300]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without open_clip's warning that a model is untrained: its weights are loaded afterwards."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)

@@ -49,12 +49,12 @@ def designed(about: Vision, key: str) -> tuple[Any, Any, Any]:
 
     name = about.architecture or f"local-dir:{published(about, key).parent}"
     wanted = {"resize_mode": about.resize} if about.resize else None
-    with _quiet():
+    with quiet():
         try:
             options = {"load_weights": False, "force_preprocess_cfg": wanted, "device": torch.get_default_device()}
             model = open_clip.create_model(name, **options)
         except Exception as error:  # whatever a config of others makes a constructor raise
-            what = _one_line(error)
+            what = one_line(error)
             raise ConfigError(f"{key}.architecture={name}: no model that open_clip builds offline ({what})") from error
     tower = model.visual
     if not hasattr(tower, "forward_intermediates"):
@@ -67,11 +67,11 @@ def load_published(model: Any, weights: Path, about: Vision, key: str) -> None:
     from open_clip.factory import load_checkpoint
 
     name = about.architecture or f"local-dir:{weights.parent}"
-    with _quiet():
+    with quiet():
         try:
             load_checkpoint(model, str(weights), weights_only=True)
         except Exception as error:  # damaged files make torch and safetensors raise what they like
-            raise ConfigError(f"{key}.path={weights}: not weights of {name} ({_one_line(error)}); {GET}") from error
+            raise ConfigError(f"{key}.path={weights}: not weights of {name} ({one_line(error)}); {GET}") from error
 
 
 def features(tower: Any, x: Tensor, layer: int, normalised: bool) -> Tensor:
@@ -96,13 +96,14 @@ def layout_of(tower: Any, key: str) -> tuple[tuple[int, int], int]:
     return (int(h), int(w)), height // int(h)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """The first line of a message, and the first below it, of torch's lists of keys."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2])[:300]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without open_clip's warning that a model is untrained: its weights are loaded afterwards."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
