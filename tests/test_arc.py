@@ -22,7 +22,7 @@ from symbiotic.callbacks.csv_log import read_rows
 from symbiotic.callbacks.events import read_events
 from symbiotic.config import compose
 from symbiotic.evaluation.assets import ASSETS
-from symbiotic.runs import load_state, read_json, write_json
+from symbiotic.runs import load_state, read_json, state_hash, write_json
 from symbiotic.schema import Config, ConfigError, RunError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -146,6 +146,26 @@ def test_a_parent_alone_is_made_once_and_then_found(
     assert "take the cached parent" in capsys.readouterr().out
     assert parent.stat().st_mtime_ns == made
     assert read_json(Path(whole.run_dir) / "summary.json")["parent"] == f"stage 0 {parent.parent.name}"
+
+
+def test_a_damaged_parent_and_a_damaged_start_are_made_again(
+    shared_tmp: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = f"paths.data={shared_tmp / 'data'}"
+    config = run(tmp_path, tmp_path / "runs", data, *FEW)
+    (parent,) = (tmp_path / "cache" / "stage0").glob("*/parent.safetensors")
+    folder = Path(config.run_dir)
+    files = (parent, folder / "init.safetensors", folder / "model.safetensors")
+    before = [state_hash(load_state(path)) for path in files]
+    for path in files[:2]:
+        found = bytearray(path.read_bytes())
+        found[-9] ^= 1
+        path.write_bytes(found)
+    (folder / "summary.json").unlink()
+    arc.run(config)
+    assert [state_hash(load_state(path)) for path in files] == before
+    told = [record.getMessage() for record in caplog.records if "made again" in record.getMessage()]
+    assert [line.partition(":")[0] for line in told] == [str(path) for path in files[:2]]
 
 
 def test_a_finished_run_is_not_run_again(shared_tmp: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import shutil
 import signal
 from pathlib import Path
@@ -14,7 +16,7 @@ from symbiotic.arc import RECEIPT, Arc
 from symbiotic.callbacks.checkpoint import checkpoint_path, committed, defect
 from symbiotic.callbacks.step import StepCallback
 from symbiotic.config import compose
-from symbiotic.files import manifest_of
+from symbiotic.files import manifest_of, read_json
 from symbiotic.fit import start_of
 from symbiotic.resume import CHANGES, SETTINGS, hold, identities, identity, settings
 from symbiotic.schema import RunError
@@ -151,5 +153,23 @@ def test_a_run_without_a_sound_receipt_is_still_held_to_its_settings(
     with pytest.raises(RunError, match=r"this run began otherwise: seed 0 -> 3; "):
         arc.hold()
     (run / SETTINGS).write_text("{")
-    with pytest.raises(RunError, match=r"its settings\.json is damaged; remove the folder"):
+    with pytest.raises(
+        RunError, match=r"its settings\.json is damaged, and no checkpoint says .*; start it as it began"
+    ):
+        arc.hold()
+
+
+def test_checkpoints_vouch_for_settings_that_were_lost(subject: Subject, run: Path) -> None:
+    arc = copy.copy(subject.arc)
+    arc.folder = run
+    arc.config = dataclasses.replace(arc.config, run_dir=str(run))
+    for damage in ("{", None):
+        (run / SETTINGS).unlink(missing_ok=True)
+        if damage is not None:
+            (run / SETTINGS).write_text(damage)
+        arc.hold()
+        assert read_json(run / SETTINGS) == settings(arc.config, arc.provenance, arc.fingerprint)
+    (run / SETTINGS).write_text("{")
+    arc.provenance = {**arc.provenance, "torch": "0.1"}
+    with pytest.raises(RunError, match=r"its settings\.json is damaged, and no checkpoint says"):
         arc.hold()

@@ -99,7 +99,7 @@ def test_before_anything_was_begun_everything_may_change(tmp_path: Path) -> None
 
 def test_a_run_without_settings_is_not_continued(tmp_path: Path) -> None:
     write_json(tmp_path / "receipt.json", {"parent": "stage 0"})
-    with pytest.raises(RunError, match=r"begun by code that kept no settings\.json; remove the folder"):
+    with pytest.raises(RunError, match=r"begun by code that kept no settings\.json, and no .* remove the folder"):
         hold(tmp_path, settings(compose([*SMOKE]), MADE, "f00d"), (), begun=True, step=lambda: 0)
 
 
@@ -118,6 +118,17 @@ def test_damaged_lines_of_the_records_cost_themselves(damage: bytes, tmp_path: P
     if damage == b"[1, 2]\n":
         with pytest.raises(RunError, match=r"its settings\.json is damaged"):
             hold(tmp_path, settings(compose([*SMOKE]), MADE, "f00d"), (), begun=True, step=lambda: 0)
+
+
+def test_damaged_lines_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    event = {"step": 3, "kind": "phase", "text": "x"}
+    (tmp_path / "events.jsonl").write_text(f"{{x\n{json.dumps(event)}\n[1]\n{json.dumps(event)[:9]}")  # killed there
+    (tmp_path / "metrics.csv").write_text("step,a\n1,2\nx,y,z\n3,")
+    for _ in range(2):
+        assert read_events(tmp_path) == [event]
+        assert [row["step"] for row in read_rows(tmp_path / "metrics.csv")] == ["1"]
+    told = [(path.name, lines) for path, lines in (record.args for record in caplog.records)]
+    assert told == [("events.jsonl", 2), ("metrics.csv", 1)]
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,10 @@ import torch
 
 from symbiotic import files, runs
 from symbiotic.callbacks.checkpoint import AtomicCheckpointIO, CheckpointError, defect
+from symbiotic.callbacks.csv_log import CSVLog, read_rows
+from symbiotic.callbacks.events import read_events, record_event
+from symbiotic.callbacks.in_loop_evaluation import read_scores, record_scores
+from symbiotic.launch import one_line
 from symbiotic.runs import (
     Journal,
     commit,
@@ -161,6 +166,34 @@ def test_a_disk_that_is_full_when_the_manifest_is_written_costs_no_older_file(sm
         assert "\n" not in str(caught.value)
         assert sorted(p.name for p in small_disk.iterdir()) == ["filler", path.name, f"{path.name}.json"]
         assert defect(path) is None
+
+
+def test_a_disk_that_fills_up_under_the_records_names_them_and_what_is_free(small_disk: Path) -> None:
+    """A row of the table, an event, scores: the line has the file, and what was there is whole."""
+    table, scores = CSVLog(str(small_disk)), small_disk / "scores.jsonl"
+    trainer: Any = SimpleNamespace(is_global_zero=True, default_root_dir=str(small_disk))
+
+    def event(text: str) -> None:
+        record_event(trainer, 1, "phase", text)
+
+    table.log_metrics({"a": 1.0}, step=1)
+    event("begun")
+    record_scores(scores, 1, {"reading": 0.5})
+    (small_disk / "filler").write_bytes(bytes(os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize))
+    big = {f"column {n}": 1.0 for n in range(2000)}
+    acts = {
+        "metrics.csv": lambda: table.log_metrics(big, step=2),
+        "events.jsonl": lambda: event("x" * 9000),
+        "scores.jsonl": lambda: record_scores(scores, 2, big),
+    }
+    for name, act in acts.items():
+        with pytest.raises(OSError, match="No space left") as caught:
+            act()
+        line = str(one_line(caught.value))
+        assert line.startswith(f"the disk is full: {small_disk / name} (have 0.0 MB); free some space"), line
+    assert [row["a"] for row in read_rows(table.path)] == ["1"]
+    assert [found["text"] for found in read_events(small_disk)] == ["begun"]
+    assert read_scores(scores) == {1: {"reading": 0.5}}
 
 
 @pytest.mark.parametrize(

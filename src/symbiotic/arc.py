@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from symbiotic.callbacks.checkpoint import checkpoints, newest_step
+from symbiotic.callbacks.checkpoint import checkpoints, newest_manifest, newest_step
 from symbiotic.callbacks.csv_log import CSVLog
 from symbiotic.callbacks.ema import EMA, PREFIX
 from symbiotic.callbacks.finite_check import FiniteCheck
@@ -35,7 +35,8 @@ from symbiotic.callbacks.step import Probing
 from symbiotic.config import instantiate, save_config
 from symbiotic.convert.assignment import read_assignment
 from symbiotic.convert.disk import copy_tokens
-from symbiotic.convert.huggingface import origin, read_parent, swap_rows
+from symbiotic.convert.huggingface import origin as origin_of_weights
+from symbiotic.convert.huggingface import read_parent, swap_rows
 from symbiotic.convert.profile import expert_counts
 from symbiotic.convert.receipt import receipt
 from symbiotic.convert.split import Assignment, assign, split_state
@@ -60,10 +61,11 @@ from symbiotic.layout import parent_system
 from symbiotic.models.batch import Batch
 from symbiotic.models.lora import is_lora
 from symbiotic.models.unified import UnifiedModel, model_of
-from symbiotic.resume import changes, hold, hold_finished, identities, identity, settings
+from symbiotic.resume import changes, hold, hold_finished, identities, origin, settings
 from symbiotic.runs import (
     Journal,
     digest,
+    load_sound,
     load_state,
     locked,
     provenance,
@@ -80,7 +82,16 @@ from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
 from symbiotic.team import agree, first, is_first, size
 from symbiotic.trained import EMA as EMA_FILE
-from symbiotic.trained import FINAL, IMAGE_TOKENIZER, LORA, PRETRAINED, PRETRAINED_TOKENS, TOKENIZER, reads_images
+from symbiotic.trained import (
+    FINAL,
+    IMAGE_TOKENIZER,
+    LORA,
+    PARENT_FILE,
+    PRETRAINED,
+    PRETRAINED_TOKENS,
+    TOKENIZER,
+    reads_images,
+)
 from symbiotic.training.phases import mix_schedule
 from symbiotic.training.sharded import whole
 
@@ -179,18 +190,28 @@ class Arc:
         corpus = instantiate(self.config.data.source, "data.source").fingerprint
         now = settings(self.config, self.provenance, corpus)
         begun = (self.folder / RECEIPT).exists() or bool(checkpoints(self.folder / "checkpoints"))
-        hold(self.folder, now, self.config.allow_changes, begun, lambda: newest_step(self.folder / "checkpoints"))
+        saved = self.folder / "checkpoints"
+        hold(
+            self.folder,
+            now,
+            self.config.allow_changes,
+            begun,
+            lambda: newest_step(saved),
+            lambda: newest_manifest(saved),
+        )
 
     def init(self) -> dict[str, Tensor]:
         """What joint training starts from. A run that was changed on the way keeps the parent that it began with."""
         found = read_json(self.folder / RECEIPT)
         if not changes(self.folder):
             return self.split(self.parent())
-        if found is None:
+        state = load_sound(self.folder / INIT)
+        if found is None or state is None:
             why = "missing or damaged, and the run was changed on the way: its parent cannot be made again"
-            raise RunError(f"{self.folder / RECEIPT}: {why}; remove the folder to run it anew")
+            lost = RECEIPT if found is None else INIT
+            raise RunError(f"{self.folder / lost}: {why}; remove the folder to run it anew")
         self.parent_name, self.stage0_scores = found["parent"], found["stage_0"]
-        return load_state(self.folder / INIT)
+        return state
 
     # ------------------------------------------------------------------ data
 
@@ -303,9 +324,8 @@ class Arc:
     def about(self, key: str | None = None) -> dict[str, str]:
         """What the manifest of a checkpoint says of where it comes from. key: what decides it, of a parent, which runs
         of many settings share."""
-        run = identity(settings(self.config, self.provenance, self.fingerprint))
-        made = {name: self.provenance[name] for name in ("commit", "code")}
-        return run | made | ({"settings": key} if key else {})
+        made = origin(settings(self.config, self.provenance, self.fingerprint))
+        return made | {"commit": self.provenance["commit"]} | ({"settings": key} if key else {})
 
     # ------------------------------------------------------------------ stage 0
 
@@ -324,11 +344,12 @@ class Arc:
         key = stage0_key(config, self.fingerprint)
         folder = self.cache / "stage0" / key
         self.parent_name = f"stage 0 {key}"
-        path, steps = folder / "parent.safetensors", config.phases.steps
+        steps = config.phases.steps
         with locked(folder / "lock"):
-            what = "take the cached parent" if path.is_file() else f"train the parent on understanding, {steps} steps"
-            with self.journal.step("stage 0", f"{key}/{path.is_file()}", what, folder):
-                state = load_state(path) if path.is_file() else self.train_parent(config, folder, key)
+            kept = load_sound(folder / PARENT_FILE)
+            what = f"train the parent on understanding, {steps} steps" if kept is None else "take the cached parent"
+            with self.journal.step("stage 0", f"{key}/{kept is not None}", what, folder):
+                state = self.train_parent(config, folder, key) if kept is None else kept
                 self.stage0_scores = self.anchor(config, state, folder)
         return state
 
@@ -337,7 +358,7 @@ class Arc:
         if self.config.init.folder is None:
             return load_state(path)
         swaps = self.own_tokens(path)
-        write_json(self.folder / PRETRAINED, origin(path) | {"token_rows": swaps})
+        write_json(self.folder / PRETRAINED, origin_of_weights(path) | {"token_rows": swaps})
         return swap_rows(read_parent(path, self.config.model, self.config.seed), swaps or ())
 
     def own_tokens(self, path: Path) -> tuple[tuple[int, int], ...] | None:
@@ -362,7 +383,7 @@ class Arc:
         key = stage0_key(config, self.fingerprint)
         folder = self.cache / "stage0" / key
         begun = changes(self.folder) and read_json(self.folder / RECEIPT) is not None  # it keeps the parent that it had
-        if agree(lambda: not begun and not (folder / "parent.safetensors").is_file()):
+        if agree(lambda: not begun and load_sound(folder / PARENT_FILE) is None):
             print(
                 f"\n== stage 0: train the parent on understanding, {config.phases.steps} steps\n   {folder}", flush=True
             )
@@ -376,7 +397,7 @@ class Arc:
         state = whole(module.model.state_dict())
         if is_first():
             save_config(config, folder / "config.yaml")
-            save_state(folder / "parent.safetensors", state, data=self.fingerprint)
+            save_state(folder / PARENT_FILE, state, data=self.fingerprint)
         return state
 
     def anchor(self, config: Config, state: dict[str, Tensor], folder: Path) -> dict[str, float]:
@@ -403,7 +424,9 @@ class Arc:
             if found["parent"] != self.parent_name:
                 was = f"this run started from the parent {found['parent']!r}, which is now {self.parent_name!r}"
                 raise RunError(f"{self.folder}: {was}; remove the folder to run it anew")
-            return load_state(path)
+            state = load_sound(path)
+            if state is not None:
+                return state
         what = f"profile the parent's experts and split them ({config.init.assignment})"
         with self.journal.step("split", self.evaluation_key(), what, self.folder / RECEIPT):
             old = built(parent_config(config, parent), parent, latents=False)

@@ -6,15 +6,19 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from symbiotic.schema import ConfigError
+
+log = logging.getLogger(__name__)
 
 WRITING = ".writing"
 """How the name of a file ends that is being written, or that a killed process left behind."""
@@ -54,7 +58,8 @@ def commit(
         raise OSError(errno.ENOSPC, f"need {need / 2**20:.0f} MB, have {have / 2**20:.0f} MB", str(path))
     temporary, about = writing(path), writing(manifest_of(path))
     try:
-        write(temporary)
+        with naming(path):
+            write(temporary)
         with ThreadPoolExecutor(1) as pool:  # the disk is waited for while the checksum is computed
             found = None if manifest is None else pool.submit(checksum, temporary)
             sync(temporary)
@@ -73,6 +78,17 @@ def commit(
             temporary.unlink(missing_ok=True)
             about.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """What the system refuses inside is of this file: the error of a write names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def writing(path: Path) -> Path:
@@ -199,14 +215,28 @@ def read_json(path: Path) -> Any:
 
 
 def read_objects(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The JSON objects of a file, one a line, that have these keys; lines that a kill or damage broke are left out."""
-    found = []
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        with suppress(ValueError):
-            value = json.loads(line)
-            if isinstance(value, dict) and set(keys) <= set(value):
-                found.append(value)
-    return found
+    """The JSON objects of a file, one a line, that have these keys; one that a kill cut off is left out, and so,
+    with a warning, are damaged ones."""
+    lines = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    found = [_object(line) for line in lines]
+    sound = [value for value in found if value is not None and set(keys) <= set(value)]
+    if damaged := sum(bool(line.strip()) for line in lines[:-1]) + (found[-1] is not None) - len(sound):
+        say_damaged(path, damaged)
+    return sound
+
+
+def _object(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+@cache
+def say_damaged(path: Path, lines: int) -> None:
+    """Once for each number of lines, for a file is read again and again."""
+    log.warning("%s: %d damaged lines are left out", path, lines)
 
 
 def unreadable(path: Path) -> bool:

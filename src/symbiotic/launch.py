@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import traceback
@@ -157,6 +158,15 @@ def _remove_empty(folder: Path) -> None:
             return
 
 
+def full(error: OSError) -> str:
+    """Which file, and how much its disk has."""
+    if error.filename is None:
+        return str(error)
+    folder = next((path for path in Path(error.filename).absolute().parents if path.is_dir()), Path("/"))
+    have, told = f"have {shutil.disk_usage(folder).free / 2**20:.1f} MB", error.strerror or ""
+    return f"{error.filename} ({told if 'have' in told else have})"
+
+
 def status_of(error: BaseException) -> int:
     """Exit status: 2 for a wrong config, 3 for a run that its alarm stopped (also in a forked rank), else 1."""
     if type(error).__name__ == "Elsewhere" and error.__cause__ is not None:
@@ -177,7 +187,7 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, (ConfigError, RunError)) or type(error).__name__ in _EXPECTED:
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full: {error.filename or error}; free some space or choose another folder"
+        return f"the disk is full: {full(error)}; free some space or choose another folder"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write {error.filename or error}; choose another folder (paths.runs, .data, .cache)"
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:

@@ -38,20 +38,29 @@ def settings(config: Config, made: Mapping[str, str], corpus: str) -> dict[str, 
     return kept | {key: made[key] for key in ("code", *VERSIONS)} | {"corpus": corpus}
 
 
-def hold(folder: Path, now: Mapping[str, Any], allowed: Sequence[str], begun: bool, step: Callable[[], int]) -> None:
+def hold(
+    folder: Path,
+    now: Mapping[str, Any],
+    allowed: Sequence[str],
+    begun: bool,
+    step: Callable[[], int],
+    manifest: Callable[[], Mapping[str, Any]] = dict,
+) -> None:
     """Keep the settings of a run that begins; hold those of one that goes on against them.
 
     allowed: keys, or what they lie under, that may differ: such a change is added to `changes.json`, with the
         step at which it comes (finding that reads the checkpoint, so it is asked for only then).
+    manifest: that of the newest checkpoint, whose hashes stand in for `settings.json` where that is damaged.
 
     Raises:
         RunError: something else differs; each key is named with its old and new value.
         ConfigError: something is allowed that does not differ, and never did.
     """
     known = _kept(folder)
-    if begun and known is None:
+    if begun and known is None and not origin(now).items() <= manifest().items():
         why = f"its {SETTINGS} is damaged" if (folder / SETTINGS).exists() else f"begun by code that kept no {SETTINGS}"
-        raise RunError(f"{folder}: {why}; remove the folder to run it anew")
+        vain = "and no checkpoint says that it began with these settings, code and versions"
+        raise RunError(f"{folder}: {why}, {vain}; start it as it began, or remove the folder to run it anew")
     apart = _apart(known, now) if begun and known is not None else {}
     before = [change["key"] for change in changes(folder)]
     idle = [name for name in allowed if not any(_below(key, name) for key in (*apart, *before))]
@@ -99,6 +108,11 @@ def identity(settings: Mapping[str, Any]) -> dict[str, str]:
     apart = ("code", "corpus", *VERSIONS)
     decided = {key: value for key, value in settings.items() if key not in apart and value is not None}
     return {"settings": digest(decided), "data": str(settings["corpus"])}
+
+
+def origin(settings: Mapping[str, Any]) -> dict[str, str]:
+    """What the manifest of a checkpoint says of where it comes from: `identity`, code and versions."""
+    return identity(settings) | {key: str(settings[key]) for key in ("code", *VERSIONS)}
 
 
 def identities(folder: Path) -> set[str]:

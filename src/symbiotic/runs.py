@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import logging
 import platform
 import subprocess
 import time
@@ -32,6 +33,8 @@ from symbiotic.files import (
 )
 from symbiotic.schema import RunError
 from symbiotic.training.finite import not_finite
+
+log = logging.getLogger(__name__)
 
 __all__ = ["commit", "digest", "locked", "read_json", "source_hash", "write_bytes", "write_json", "write_text"]
 
@@ -106,6 +109,18 @@ def load_state(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, UnpicklingError, OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
         raise RunError(f"{path}: not a readable checkpoint ({str(error).splitlines()[0]})") from error
+
+
+def load_sound(path: Path) -> dict[str, Tensor] | None:
+    """As `load_state`, of a file that can be made again: None where there is none, and, with a warning, for a damaged
+    one."""
+    if not path.is_file():
+        return None
+    try:
+        return load_state(path)
+    except RunError as error:
+        log.warning("%s; it is made again", error)
+        return None
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:

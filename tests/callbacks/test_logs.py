@@ -118,6 +118,31 @@ def test_metrics_csv_is_complete_and_a_resume_continues_it(fit: Any) -> None:
     assert deterministic(resumed) == deterministic(whole)
 
 
+@pytest.mark.parametrize(("damage", "lost"), [("", 0), ("cut", 2), ("damaged", 1), ("gone", 3)])
+def test_rows_that_are_lost_are_told_at_the_next_start(
+    damage: str, lost: int, fit: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, path = fit.run_dir / "checkpoints", fit.run_dir / "log" / "metrics.csv"
+    saving = StepCheckpoint(str(folder), every=7)
+    fit([StepLog(every=2), LRPhases(), saving], steps=8, stop=7, loggers=[CSVLog(str(path.parent))])
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 4
+    if damage == "cut":
+        path.write_text("".join(lines[:2]))
+    elif damage == "damaged":
+        path.write_text("".join([*lines[:2], "?\n", lines[3]]))
+    elif damage == "gone":
+        path.unlink()
+    fit(
+        [StepLog(every=2), LRPhases()],
+        steps=8,
+        loggers=[CSVLog(str(path.parent))],
+        ckpt_path=newest_valid(folder),
+    )
+    told = [record.getMessage() for record in caplog.records if "rows are lost" in record.getMessage()]
+    assert told == ([f"{path}: {lost} of 3 rows are lost, cut off or damaged"] if lost else [])
+
+
 def test_csv_takes_new_columns_merges_a_step_and_drops_what_a_resume_repeats(tmp_path: Path) -> None:
     log = CSVLog(str(tmp_path))
     log.log_metrics({"a": 1.0}, step=1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from symbiotic.callbacks.sharded_checkpoint import REST, load
 from symbiotic.callbacks.step import StepCallback
-from symbiotic.files import announced, commit, remove, uncommitted
+from symbiotic.files import announced, commit, manifest_of, read_json, remove, uncommitted
 from symbiotic.training.finite import lost_values
 from symbiotic.training.optimizer_state import numbered
 
@@ -85,6 +85,12 @@ def newest_step(folder: Path | str) -> int:
     """The optimiser step that a fit in this folder goes on from; 0 where it begins."""
     newest = newest_valid(folder)
     return step_of(newest) if newest else 0
+
+
+def newest_manifest(folder: Path | str) -> dict[str, Any]:
+    """What the manifest of `newest_valid` says; nothing where there is none."""
+    newest = newest_valid(folder)
+    return dict(read_json(manifest_of(newest)) or {}) if newest else {}
 
 
 class AtomicCheckpointIO(CheckpointIO):

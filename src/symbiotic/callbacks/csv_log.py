@@ -16,7 +16,7 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from symbiotic.files import commit
+from symbiotic.files import commit, naming, say_damaged
 
 Row = dict[str, Any]
 
@@ -90,7 +90,7 @@ class CSVLog(Logger):
     def _append(self, row: Row, over: bool = False) -> None:
         """Behind the last row, or over it; what the shorter of two rows leaves of the other is cut off afterwards."""
         assert self._columns is not None
-        with self.path.open("r+", newline="") as file:
+        with naming(self.path), self.path.open("r+", newline="") as file:
             self._last_start = file.seek(*(self._last_start, os.SEEK_SET) if over else (0, os.SEEK_END))
             csv.DictWriter(file, fieldnames=self._columns, lineterminator="\n").writerow(row)
             file.truncate()
@@ -103,8 +103,11 @@ def read_rows(path: Path) -> list[Row]:
         return []
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         text = file.read()
-    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+    rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+    sound = [row for row in rows if None not in row and None not in row.values() and row["step"].isdigit()]
+    if len(sound) < len(rows):
+        say_damaged(path, len(rows) - len(sound))
+    return sound
 
 
 def last_values(path: Path | str) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from symbiotic.files import read_objects, write_text
+from symbiotic.files import naming, read_objects, write_text
 from symbiotic.redact import redacted_text, redacted_texts
 
 EVENTS = "events.jsonl"
@@ -28,7 +28,7 @@ def record_event(trainer: Trainer, step: int, kind: str, text: str, **data: Any)
         return
     path = Path(trainer.default_root_dir) / EVENTS
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with naming(path), path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(redacted_texts({"step": step, "kind": kind, "text": text, **data})) + "\n")
     print(f"step {step}: {redacted_text(text)}", flush=True)
 

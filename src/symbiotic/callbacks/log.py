@@ -6,8 +6,10 @@ and one log event costs one transfer to the host and one call of each logger.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -16,11 +18,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from symbiotic.callbacks.csv_log import CSVLog, read_rows
 from symbiotic.callbacks.step import StepCallback, config_of, phase_of
 from symbiotic.layout import shield_kinds
 from symbiotic.schema import KINDS
 from symbiotic.training.phases import balance_weight, phase_index
 from symbiotic.training.sharded import group_norms
+
+log = logging.getLogger(__name__)
 
 LOSSES = ("loss", "ce", "flow", "image_ce", "balance", "z", "task")
 
@@ -115,12 +120,22 @@ class StepLog(StepCallback):
     def __init__(self, every: int = 10) -> None:
         self.every = every
         self.window = Window()
+        self.rows = 0  # that were logged since the run began
         self._norms: dict[str, Tensor] = {}
         self._steps = 0
         self._clock: float | None = None  # None: starts with the next micro-batch, behind what others do at a log
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock, self._steps = None, trainer.global_step
+        if trainer.is_global_zero:
+            for table in (logger for logger in trainer.loggers if isinstance(logger, CSVLog)):
+                self.tell_lost(table.path, trainer.global_step)
+
+    def tell_lost(self, path: Path, step: int) -> None:
+        """Warn of rows up to a step that a metrics.csv had and has no more."""
+        have = sum(bool(row.get("train/loss")) for row in read_rows(path) if int(row["step"]) <= step)
+        if have < self.rows:
+            log.warning("%s: %d of %d rows are lost, cut off or damaged", path, self.rows - have, self.rows)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
@@ -142,6 +157,7 @@ class StepLog(StepCallback):
         if step % self.every == 0:
             log_metrics(trainer, self.metrics(trainer, pl_module), step)
             self.window.clear()
+            self.rows += 1
             self._clock, self._steps = None, step
 
     def metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Tensor | float]:
@@ -163,9 +179,11 @@ class StepLog(StepCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.window.save(trainer, checkpoint, "step_log")
+        checkpoint["rows/step_log"] = self.rows
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.window.load(trainer, checkpoint, "step_log")
+        self.rows = checkpoint.get("rows/step_log", 0)
 
 
 def phase_metrics(pl_module: LightningModule, step: int) -> dict[str, Tensor | float]:
