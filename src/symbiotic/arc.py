@@ -80,6 +80,7 @@ from symbiotic.runs import (
 from symbiotic.schema import Config, ConfigError, Lora, Model, Objective, Phase, Phases, RunError, Surgery
 from symbiotic.studies import console, summary
 from symbiotic.studies.benchmarks import make_benchmarks, read_protocols
+from symbiotic.studies.flops import training_flops
 from symbiotic.team import agree, first, is_first, size
 from symbiotic.trained import EMA as EMA_FILE
 from symbiotic.trained import (
@@ -493,6 +494,8 @@ class Arc:
                 callback.evaluate = self.look
             if isinstance(callback, EMA):
                 callback.save = partial(save_state, self.folder / EMA_FILE)
+            if isinstance(callback, StepLog):
+                callback.flops = training_flops(self.config)
             if isinstance(callback, SampleGrid):
                 callback.draw = self.draw
             if isinstance(callback, SharedOnlyProbe):

@@ -98,6 +98,15 @@ def groups(system: System) -> tuple[tuple[str, ...], ...]:
     return tuple(dict.fromkeys(rows))
 
 
+def kinds_by_pool(system: System) -> dict[str, tuple[str, ...]] | None:
+    """Pool -> the kinds whose tokens use its experts; None unless every kind has exactly one pool whatever its tokens
+    are, so that kinds tell how many tokens come to a pool."""
+    pools = {kind: set(seen) for kind, seen in visible_pools(system).items()}
+    if system.task_router or any(len(seen) != 1 for seen in pools.values()):
+        return None
+    return {name: tuple(kind for kind in KINDS if name in pools[kind]) for name in system.pools}
+
+
 def experts_seen(model: Model, system: System) -> dict[str, int]:
     """Kind -> number of routed experts that its tokens choose among (with a task router: those of their task)."""
     sizes = pool_sizes(model, system)

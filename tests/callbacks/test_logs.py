@@ -118,6 +118,21 @@ def test_metrics_csv_is_complete_and_a_resume_continues_it(fit: Any) -> None:
     assert deterministic(resumed) == deterministic(whole)
 
 
+def test_operations_a_second_are_those_of_the_tokens_by_kind(fit: Any, memory: Any) -> None:
+    log = StepLog(every=2)
+    log.flops = {"text": 3e9, "prompt": 5e9, "vit": 7e9, "vae": 11e9}
+    fit([log, LRPhases()], steps=4, loggers=[memory])
+    rows = [metrics for _, metrics in memory.calls if "speed/tflops_per_s" in metrics]
+    assert len(rows) == 2
+    for row in rows:
+        by_kind = {kind: row[f"tokens/{kind}"] for kind in log.flops}
+        a_token = sum(by_kind[kind] * log.flops[kind] for kind in by_kind) / sum(by_kind.values())
+        assert row["speed/tflops_per_s"] == pytest.approx(row["speed/tokens_per_s"] * a_token / 1e12)
+    without = StepLog(every=2)
+    fit([without, LRPhases()], steps=2, loggers=[memory])
+    assert "speed/tflops_per_s" not in memory.calls[-1][1]
+
+
 @pytest.mark.parametrize(("damage", "lost"), [("", 0), ("cut", 2), ("damaged", 1), ("gone", 3)])
 def test_rows_that_are_lost_are_told_at_the_next_start(
     damage: str, lost: int, fit: Any, caplog: pytest.LogCaptureFixture

@@ -14,7 +14,7 @@ from symbiotic.models.batch import IGNORE
 from symbiotic.models.unified import UnifiedModel
 from symbiotic.schema import Config
 from symbiotic.studies.budget import FAMILIES, budget, overhead, parts, token_ranges, trained_roles
-from symbiotic.studies.flops import count_flops
+from symbiotic.studies.flops import count_flops, training_flops
 
 
 def config_of(name: str, row_tokens: int, **changes: object) -> Config:
@@ -60,6 +60,12 @@ def test_a_real_forward_of_a_dense_model_takes_as_many(tied: bool) -> None:
     without_targets = kinds["text"] + kinds["prompt"] - int(words.sum())
     expected = sum(count * found.forward[kind] for kind, count in kinds.items()) - head * without_targets
     assert counter.get_total_flops() == expected
+
+
+def test_what_is_computed_again_does_not_count_as_work() -> None:
+    plain, again = (compose(["experiment=smoke", f"recompute={flag}"]) for flag in ("false", "true"))
+    assert training_flops(plain) == training_flops(again) == count_flops(shapes_of(plain), plain).training
+    assert count_flops(shapes_of(again), again).training["text"] > training_flops(again)["text"]
 
 
 def test_experts_count_by_how_many_a_token_uses() -> None:

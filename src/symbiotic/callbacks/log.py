@@ -111,7 +111,9 @@ class StepLog(StepCallback):
     `train/{loss,ce,flow or image_ce,balance,z}` and, with a task router, `train/task` (means over the micro-batches
     of finite loss since the last log, and over ranks), `grad_norm/ROLE` (of that step, before clipping, frozen roles
     included), `lr/ROLE`, `phase/{shield,index,balance_weight}`, `tokens/KIND` (of an optimiser step, all ranks),
-    `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks).
+    `speed/{tokens_per_s,samples_per_s,seconds_per_step}` (all ranks), `speed/tflops_per_s` where `flops` is set: of the
+    model alone, recomputed blocks not counted, so that its share of what the devices can do is the MFU (PaLM, arXiv
+    2204.02311, appendix B), and on a GPU `memory/peak_gb`, of the first rank, since the last log.
 
     Reads outputs["loss", ..., "tokens"], the config's phases, and the roles of the optimiser's parameter groups.
     List it before `LRPhases`, which drops the gradients of frozen roles.
@@ -120,6 +122,7 @@ class StepLog(StepCallback):
     def __init__(self, every: int = 10) -> None:
         self.every = every
         self.window = Window()
+        self.flops: Mapping[str, float] = {}  # kind -> operations of one token, forward and back
         self.rows = 0  # that were logged since the run began
         self._norms: dict[str, Tensor] = {}
         self._steps = 0
@@ -175,6 +178,12 @@ class StepLog(StepCallback):
         out["speed/tokens_per_s"] = tokens.sum() * share / seconds
         out["speed/samples_per_s"] = sums["samples"] * share / seconds
         out["speed/seconds_per_step"] = seconds / steps
+        if self.flops:
+            work = sum(tokens[KINDS.index(kind)] * count for kind, count in self.flops.items())
+            out["speed/tflops_per_s"] = work * share / seconds / 1e12
+        if tokens.is_cuda:
+            out["memory/peak_gb"] = torch.cuda.max_memory_allocated(tokens.device) / 1e9
+            torch.cuda.reset_peak_memory_stats(tokens.device)
         return out
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from symbiotic.layout import mixes, pool_sizes, router_of, router_pools, shared_scopes, shield_kinds
+from symbiotic.layout import kinds_by_pool, mixes, pool_sizes, router_of, router_pools, shared_scopes, shield_kinds
 from symbiotic.models.balance import z_loss
 from symbiotic.models.expert_parallel import exchanged, local
 from symbiotic.models.fused import combine, gather, scale_gradient, swiglu
@@ -111,6 +111,7 @@ class MoE(nn.Module):
         hidden = system.merge * model.expert_hidden
         self.shield_mode, self.shielded_kinds = system.shield.mode, shield_kinds(system)
         self.pools = nn.ModuleDict({p: Experts(e, model.width, hidden) for p, e in sizes.items()})
+        self.kinds_by_pool = kinds_by_pool(system) if sizes else None
         self.routers = nn.ParameterDict()
         for name, pool in columns.items():  # one by one: ParameterDict sorts a plain dict, and the order is the layout
             self.routers[name] = nn.Parameter(torch.empty(model.width, sizes[pool]))
@@ -203,21 +204,29 @@ class MoE(nn.Module):
     def run_pools(self, x_AD: Tensor, tokens_A: Tensor, ends_E: Tensor, places: Places) -> Tensor:
         """[A, D]: what the expert of each assignment makes of its token; zero behind the last expert (padding).
 
-        The one place where the host waits: it cuts the sorted tokens into pools. So it is the one break in the graph of
-        a compiled block, and stays eager.
+        Lengths of tensors depend on the data here, so it is the one break in the graph of a compiled block, and stays
+        eager.
         """
-        ends, start, first, outputs = ends_E.tolist(), 0, 0, []
-        last = [0, *itertools.accumulate(len(pool.w_in) for pool in self.pools.values())]  # type: ignore[arg-type]
-        cuts = [0, *(ends[after - 1] for after in last[1:]), len(x_AD)]
-        *rows, behind = x_AD.split([b - a for a, b in itertools.pairwise(cuts)])
-        for name, pool in self.pools.items():
+        sizes, start, first, outputs = self.rows_of_pools(ends_E, places), 0, 0, []
+        *parts, behind = x_AD.split([*sizes, len(x_AD) - sum(sizes)])
+        for (name, pool), rows, part_aD in zip(self.pools.items(), sizes, parts, strict=True):
             after = first + len(pool.w_in)  # type: ignore[arg-type]
-            scale_a1 = self.gradient_scale(f"pools.{name}", tokens_A[start : ends[after - 1]], places)
-            outputs.append(self.shielded(pool, scale_a1, rows.pop(0), ends_E[first:after] - start))
-            start, first = ends[after - 1], after
+            scale_a1 = self.gradient_scale(f"pools.{name}", tokens_A[start : start + rows], places)
+            ends_e = (ends_E[first:after] - start).clamp(0, rows)  # within the rows, also where a logit is not finite
+            outputs.append(self.shielded(pool, scale_a1, part_aD, ends_e))
+            start, first = start + rows, after
         if len(outputs) == 1 and not len(behind):
             return outputs[0]
         return torch.cat([*outputs, torch.zeros_like(behind, dtype=outputs[0].dtype)])  # bfloat16 under autocast
+
+    def rows_of_pools(self, ends_E: Tensor, places: Places) -> list[int]:
+        """How many assignments come to each pool. Where kinds tell, no layer waits for its router's choice; else the
+        host waits for it here."""
+        if self.kinds_by_pool is not None:
+            return [self.cfg.top_k * places.count(kinds) for kinds in self.kinds_by_pool.values()]
+        ends = [0, *ends_E.tolist()]
+        after = [0, *itertools.accumulate(len(pool.w_in) for pool in self.pools.values())]  # type: ignore[arg-type]
+        return [ends[b] - ends[a] for a, b in itertools.pairwise(after)]
 
     # ------------------------------------------------------------------ shared experts, and the shield
 

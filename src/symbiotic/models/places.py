@@ -47,6 +47,12 @@ class Places:
         self.mask = additive(own if cache is None else cache.mask(own))
         self.run_masks = cut(self.mask, self.runs)
         self._index: dict[tuple[str, ...], Tensor] = {}
+        self._counted: list[float] = []
+
+    def count(self, kinds: Sequence[str]) -> int:
+        """Tokens of these kinds, padding not among them. The host waits for the first answer of a forward."""
+        self._counted = self._counted or self.tokens_M.tolist()
+        return int(sum(self._counted[KINDS.index(kind)] for kind in kinds))
 
     def index(self, kinds: Sequence[str]) -> Tensor:
         """[n] flat places of the tokens of these kinds, padding included (it has a kind, but nobody reads it)."""

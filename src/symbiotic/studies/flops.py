@@ -15,6 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
+from symbiotic.models.unified import model_of
 from symbiotic.schema import KINDS, Config, Model, System
 from symbiotic.studies.inventory import LOOKUPS, classify, count
 
@@ -48,6 +51,14 @@ def count_flops(shapes: Mapping[str, tuple[int, ...]], config: Config) -> Flops:
             products[kind] += 2 * used
     attention = attention_flops(model, config.data.row_tokens)
     return Flops(products, attention, 1 + BACKWARD + config.recompute)
+
+
+def training_flops(config: Config) -> dict[str, float]:
+    """Kind -> operations of one of its tokens in a training step; what is computed again is not counted (MFU)."""
+    with torch.device("meta"):
+        model = model_of(config).adapt(config.lora, config.seed)
+    found = count_flops({name: tuple(p.shape) for name, p in model.named_parameters()}, config)
+    return {kind: (1 + BACKWARD) * count for kind, count in found.forward.items()}
 
 
 def attention_flops(model: Model, row_tokens: int) -> float:
