@@ -115,7 +115,7 @@ class AtomicCheckpointIO(CheckpointIO):
             raise CheckpointError(f"{path}: checkpoint not written: {lost} is not finite; {way}")
         manifest = {"step": checkpoint.get("global_step"), **self.about}
         try:
-            commit(path, lambda p: torch.save(checkpoint, str(p)), need=num_bytes(checkpoint), manifest=manifest)
+            commit(path, lambda p: save(checkpoint, p), need=num_bytes(checkpoint), manifest=manifest)
         except (OSError, RuntimeError) as error:
             raise CheckpointError(f"{path}: checkpoint not written: {_reason(error, checkpoint, path)}") from error
 
@@ -145,6 +145,17 @@ def read(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         return torch.load(path, map_location=map_location, weights_only=True)
     checkpoint = load(path)
     return {**checkpoint, "optimizer_states": [numbered(state) for state in checkpoint["optimizer_states"]]}
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """`torch.save` without the CRC-32 of every tensor, which takes most of its time and which `torch.load` does not
+    look at: the manifest has a checksum of all bytes. Programs that unzip the file may warn."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(checkpoint, str(path))
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def num_bytes(value: Any) -> int:
