@@ -14,8 +14,9 @@ from symbiotic.models.batch import Batch
 class KVCache:
     """One sample a row: the prompt in the first forward, padded on the right, then any number of tokens a forward.
 
-    Padding stays in it, masked. Every step copies what there is (`cat`); it is made for sequences of hundreds.
-    fixed: nothing is added any more, so that the same places can be computed again and again (the flow's steps).
+    Padding stays in it, masked. Keys and values lie in tensors with room behind them, so that a step writes its own
+    only; nothing goes back through them. fixed: nothing is added any more, so that the same places can be computed
+    again and again (the flow's steps).
     """
 
     def __init__(self) -> None:
@@ -30,15 +31,20 @@ class KVCache:
         before = self.seen_BS[:, None, None, :].expand(-1, 1, own_B1TT.shape[2], -1)
         return torch.cat([before, own_B1TT], dim=-1)
 
+    @torch.no_grad()
     def extended(self, layer: nn.Module, k_BGTh: Tensor, v_BGTh: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer with those of this step behind them, [B, G, S + T, h]."""
-        if layer in self._kept:
-            k_BGTh, v_BGTh = (
-                torch.cat([old, new], dim=2) for old, new in zip(self._kept[layer], (k_BGTh, v_BGTh), strict=True)
-            )
-        if not self.fixed:
+        """Keys and values of a layer with those of this step behind them, [B, G, S + T, h]; good until the next one."""
+        if self.seen_BS is None:
             self._kept[layer] = (k_BGTh, v_BGTh)
-        return k_BGTh, v_BGTh
+            return k_BGTh, v_BGTh
+        before = self.seen_BS.shape[1]
+        after = before + k_BGTh.shape[2]
+        if self._kept[layer][0].shape[2] < after:
+            k, v = self._kept[layer]
+            self._kept[layer] = _roomy(k, before, after), _roomy(v, before, after)
+        k, v = self._kept[layer]
+        k[:, :, before:after], v[:, :, before:after] = k_BGTh, v_BGTh
+        return k[:, :, :after], v[:, :, :after]
 
     def keep(self, batch: Batch) -> None:
         """Called by the model at the end of a forward: the tokens of `batch` are seen from now on."""
@@ -46,3 +52,11 @@ class KVCache:
             return
         valid_BT = batch.segment >= 0
         self.seen_BS = valid_BT if self.seen_BS is None else torch.cat([self.seen_BS, valid_BT], dim=1)
+
+
+def _roomy(kept_BGSh: Tensor, before: int, after: int) -> Tensor:
+    """The first `before` places in a tensor with room for twice `after`."""
+    rows, heads, _, width = kept_BGSh.shape
+    made = kept_BGSh.new_empty(rows, heads, 2 * after, width)
+    made[:, :, :before] = kept_BGSh[:, :, :before]
+    return made
