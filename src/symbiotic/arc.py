@@ -100,6 +100,8 @@ GENERATION_SETS = ("t2i", "t2i_long")
 PROBE_SEED = 1_000_003
 RECEIPT, RECEIPT_TABLE = "receipt.json", "receipt.txt"
 INIT = "init.safetensors"
+SECONDS = "seconds.json"
+"""Of the cache: how long the steps of the arc took."""
 
 PARENT_CODE = (
     *("schema.py", "layout.py", "models", "objectives", "training", "data"),
@@ -138,7 +140,7 @@ class Arc:
             self.cache.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"{error.filename or self.folder}: cannot be written: {error.strerror}") from error
-        self.journal = Journal(self.cache / "seconds.json", keeps=is_first())
+        self.journal = Journal(self.cache / SECONDS, keeps=is_first())
         self.made = make_callbacks(config)  # now: a wrong argument costs no stage 0
         self.scorers: subprocess.Popen[bytes] | None = None
         self.ema_scores: Scores | None = None
@@ -470,8 +472,7 @@ class Arc:
         dataset = self.dataset(config, True)
         self.tokens = dataset.plan.tokens_by_task(steps)
         summary.show_tokens(self.tokens, steps)
-        key = digest([asdict(config.model), config.system.name, steps])
-        with self.journal.step("joint", key, f"train {config.system.name}, {steps} steps", self.folder):
+        with self.journal.step("joint", joint_key(config), f"train {config.system.name}, {steps} steps", self.folder):
             about, earlier = self.about(), identities(self.folder)
             module = fit(config, self.folder, dataset, self.callbacks(), self.loggers(), state, True, about, earlier)
             state = whole(module.model.state_dict())
@@ -663,6 +664,11 @@ def stage0_key(config: Config, fingerprint: str) -> str:
     code = [source_hash(*PARENT_CODE), versions(), *tower_weights(config.model)]
     precision = config.trainer.get("precision")
     return digest([model, data, parts, fingerprint, config.seed, precision, config.compile, code])
+
+
+def joint_key(config: Config) -> str:
+    """What the seconds of joint training depend on, roughly."""
+    return digest([asdict(config.model), config.system.name, config.phases.steps])
 
 
 def tower_weights(model: Model) -> list[str]:

@@ -14,8 +14,11 @@ import pytest
 
 from studies.studied import write_run
 from symbiotic import runs
+from symbiotic.arc import SECONDS, joint_key
 from symbiotic.claim import claimed
+from symbiotic.files import write_json
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
+from symbiotic.stop import Stopped
 from symbiotic.studies import ledger
 from symbiotic.studies.evaluation_command import check_there
 from symbiotic.studies.member import OverBudget, run_member
@@ -190,6 +193,53 @@ def test_a_worker_that_dies_costs_a_try_and_nothing_else(cells: list[Cell], stud
     assert "a worker ended: RuntimeError: a worker process was terminated" in lines[0]
 
 
+def test_workers_that_die_cost_no_try_of_runs_that_had_not_begun(cells: list[Cell], study: Study) -> None:
+    """One after the other, more of them than a run may be begun again; the first run of each launch is the one they
+    were at, and has said something."""
+    deaths, lines = [cells[0], cells[1], cells[2]], list[str]()
+    inner = Launcher(cells)
+
+    def launch(jobs: Sequence[Sequence[str]]) -> None:
+        if deaths:
+            cell = deaths.pop(0)
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            with (cell.folder / "output.txt").open("a") as file:
+                file.write("step 1\n")
+            raise RuntimeError("a worker process was terminated")
+        inner(jobs)
+
+    made = StudyRun(study, cells, cells[0].folder.parent, launch, say=lines.append)
+    assert study.retries == 1
+    assert made.run()
+    assert [inner.begun.count(f"{cell.arm} {cell.seed}") for cell in cells] == [1, 1, 1, 1]
+
+
+def test_a_launcher_that_begins_nothing_ends_the_study(cells: list[Cell], study: Study) -> None:
+    launches = []
+
+    def launch(jobs: Sequence[Sequence[str]]) -> None:
+        launches.append(len(jobs))
+        raise RuntimeError("no queue")
+
+    made = StudyRun(study, cells, cells[0].folder.parent, launch, say=lambda line: None)
+    assert not made.run()
+    assert len(launches) == 1 + study.retries
+    assert all(line.endswith("not begun") for line in made.ending())
+
+
+def test_what_a_signal_ended_is_counted_and_goes_on(cells: list[Cell], study: Study) -> None:
+    folder = cells[0].folder.parent
+
+    def act(cell: Cell) -> float:
+        raise Stopped(15)
+
+    with pytest.raises(Stopped):
+        made_by(Launcher(cells, act), cells, study).run()
+    (entry,) = (entry for entry in ledger.read(folder) if entry.what == "run")
+    assert (entry.status, entry.text) == ("interrupted", "stopped by SIGTERM")
+    assert made_by(Launcher(cells), cells, study).run()
+
+
 def test_no_run_begins_past_the_budget_and_a_larger_one_goes_on(cells: list[Cell], study: Study) -> None:
     poor = dataclasses.replace(study, budget_hours=1.0)
 
@@ -257,6 +307,17 @@ def test_the_forecast_is_by_arm_and_needs_a_timed_run(cells: list[Cell]) -> None
     assert (found.runs, found.parents, found.seconds, found.wall) == (4, 2, 4 * 15 + 2 * 7, 37)
     assert forecast(cells, 2, None, timed).wall is None
     assert forecast(cells, 2, 1, {"run": [("symbiotic", 1.0)]}).seconds is None  # no parent was timed
+
+
+def test_a_fresh_study_is_forecast_by_what_other_runs_took(cells: list[Cell], study: Study) -> None:
+    """By the journal of the cache: joint training of the same model, system and steps, parents that were trained."""
+    made = made_by(Launcher(cells), cells, study)
+    assert made.forecast().seconds is None
+    took = {f"joint/{joint_key(cells[0].config)}": 100.0, "stage 0/abc/False": 40.0, "stage 0/abc/True": 1.0}
+    cells[0].folder.parents[1].joinpath("cache").mkdir()
+    write_json(cells[0].folder.parents[1] / "cache" / SECONDS, took | {"joint/other": 9.0, "split/abc": 5.0})
+    found = made.forecast()
+    assert (found.runs, found.parents, found.seconds) == (4, 2, 4 * 100.0 + 2 * 40.0)
 
 
 def test_the_ledger_survives_half_a_line(tmp_path: Path) -> None:

@@ -17,15 +17,15 @@ from symbiotic.files import read_objects
 
 FILE = "ledger.jsonl"
 What = Literal["run", "parent"]
-Status = Literal["done", "failed", "stopped", "refused", "over budget"]
+Status = Literal["done", "failed", "interrupted", "stopped", "refused", "over budget"]
 
 
 @dataclass(frozen=True)
 class Entry:
     """
     Args:
-        what: `run` or `parent`. status: `stopped` by its alarm, `refused` because its config or its folder was, and
-            neither is tried again. text: why.
+        what: `run` or `parent`. status: `interrupted` by a signal; `stopped` by its alarm, `refused` because its config
+            or its folder was, and neither of these is tried again. text: why.
     """
 
     what: What
@@ -58,7 +58,7 @@ def read(folder: Path) -> list[Entry]:
 
 
 def hours(entries: Sequence[Entry]) -> float:
-    """Of all that was made, side by side or not, failures included."""
+    """Of all that was made, side by side or not, failures included; a process that was killed leaves no line."""
     return sum(entry.seconds for entry in entries) / 3600
 
 

@@ -42,8 +42,6 @@ def run_member(config: Config, run: Callable[[Config], float]) -> float:
             value = told(run, config)
         if not config.parent_only:
             add_row(config, folder)
-    except KeyboardInterrupt:  # neither done nor failed: it goes on when the study does
-        raise
     except BaseException as error:
         line = redacted_text(" ".join(str(error).split())) or type(error).__name__
         ledger.add(folder, entry(config, status_of(error), start, line))
@@ -64,6 +62,8 @@ def told(run: Callable[[Config], float], config: Config) -> float:
 def status_of(error: BaseException) -> ledger.Status:
     if isinstance(error, OverBudget):
         return "over budget"
+    if isinstance(error, KeyboardInterrupt):  # neither done nor failed: it goes on when the study does
+        return "interrupted"
     if isinstance(error, CollapseStop):
         return "stopped"
     return "refused" if isinstance(error, (ConfigError, Claimed)) else "failed"

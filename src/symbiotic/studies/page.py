@@ -76,7 +76,11 @@ def head(study: Study, data: StudyData, runs: Path) -> list[str]:
     arguments = f' ARGS="seed={seeds}"' if data.seeds != sorted(study.seeds) else ""
     expected = len(study.arms) * len(data.seeds)
     some = "" if len(data.runs) == expected else f" of {expected}"
-    cost = f"{spent:.1f} hours of one process each, failed and killed ones included" if spent else "hours not recorded"
+    cost = (
+        f"{spent:.1f} hours of one process each, failed and interrupted ones included"
+        if spent
+        else "hours not recorded"
+    )
     rows = f"[{results_file.FILE}]({results_file.FILE})"
     return [
         f"# {study.name}: {counted(len(data.arms), 'arm')}, {len(data.runs)}{some} runs, seeds {seeds}",

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from symbiotic.config import CONF
+from symbiotic.files import read_json
 from symbiotic.schema import Config, ConfigError, near_miss, parse
 from symbiotic.studies.runs_of import differing, plain, text, training_keys
 from symbiotic.studies.study import Study
@@ -29,6 +31,10 @@ WHERE = (
     "data",
 )
 """Top-level keys that may be set beside a study, as long as no run computes anything else by it."""
+
+
+PARENT_MADE = re.compile(r"stage 0/\w+/False")
+"""Key of the journal for a parent that was trained, not found."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +171,20 @@ def forecast(
         return Forecast(len(cells), parents, processes, None)
     runs = sum(mean(of_arm.get(cell.arm, every)) for cell in cells)
     return Forecast(len(cells), parents, processes, runs + (parents * mean(parent) if parents else 0.0))
+
+
+def timed_before(cells: Sequence[Cell]) -> dict[str, list[tuple[str, float]]]:
+    """As `timed` of `forecast`, for a study of which nothing was made: what the steps of the arc took for other runs on
+    this machine, by their journal. A run is its joint training; a parent is any that was trained."""
+    from symbiotic.arc import SECONDS, joint_key
+
+    found: dict[str, list[tuple[str, float]]] = {"run": [], "parent": []}
+    for cache in {cell.config.paths.cache for cell in cells}:
+        known = read_json(Path(cache) / SECONDS) or {}
+        found["parent"] += [("", took) for key, took in known.items() if PARENT_MADE.fullmatch(key)]
+        arms = {cell.arm: f"joint/{joint_key(cell.config)}" for cell in cells if cell.config.paths.cache == cache}
+        found["run"] += [(arm, known[key]) for arm, key in arms.items() if key in known]
+    return found
 
 
 def mean(values: Sequence[float]) -> float:

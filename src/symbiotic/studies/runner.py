@@ -18,13 +18,17 @@ from symbiotic.files import WRITING, read_json
 from symbiotic.runs import VERSIONS, provenance
 from symbiotic.schema import RunError
 from symbiotic.studies import ledger, results_file
-from symbiotic.studies.member import RUNNER
-from symbiotic.studies.plan import Cell, Forecast, forecast, missing_parents
+from symbiotic.studies.member import OUTPUT, RUNNER
+from symbiotic.studies.plan import Cell, Forecast, forecast, missing_parents, timed_before
 from symbiotic.studies.runs_of import listed, read_run
 from symbiotic.studies.study import Study
 
 Launch = Callable[[Sequence[Sequence[str]]], Any]
 """Overrides of jobs -> they have ended, well or not."""
+
+
+HOPELESS = ("stopped", "refused", "over budget")
+"""How runs end that end so again."""
 
 
 @dataclass
@@ -98,8 +102,10 @@ class StudyRun:
         return [cell for cell in self.left() if owner(cell.folder) is None and cell.run not in stopped]
 
     def forecast(self) -> Forecast:
-        cells, entries = self.begin(), ledger.read(self.folder)
-        return forecast(cells, len(missing_parents(cells)), self.processes, ledger.timed(entries))
+        cells, timed = self.begin(), ledger.timed(ledger.read(self.folder))
+        if not timed["run"]:
+            timed = timed_before(cells)
+        return forecast(cells, len(missing_parents(cells)), self.processes, timed)
 
     def run(self) -> bool:
         """Whether every run has its row now."""
@@ -110,12 +116,15 @@ class StudyRun:
             again = [cell for cell in cells if cell.run in begun]
             if again:
                 self.say(f"begun again: {listed(cell.run for cell in again)}")
+            before, lines = {cell.run: printed(cell) for cell in cells}, len(ledger.read(self.folder))
             self._launch(cells)
             if self._over_budget():
                 break
-            failed = ledger.failures(ledger.read(self.folder))
-            for cell in cells:
-                hopeless = failed[cell.run].status != "failed" if cell.run in failed else False
+            ended = ledger.read(self.folder)[lines:]
+            failed, told = ledger.failures(ended), {entry.run for entry in ended}
+            tried = [cell for cell in cells if printed(cell) != before[cell.run] or cell.run in told]
+            for cell in tried or cells:  # a worker's end takes the jobs with it that had not begun
+                hopeless = failed[cell.run].status in HOPELESS if cell.run in failed else False
                 begun[cell.run] = self.study.retries + 1 if hopeless else begun.get(cell.run, 0) + 1
         return not self.left()
 
@@ -152,3 +161,9 @@ class StudyRun:
                 "study.budget_hours=… and the same command go on"
             )
         return lines
+
+
+def printed(cell: Cell) -> int:
+    """Bytes of a run's output: more of them where it was begun."""
+    path = cell.folder / OUTPUT
+    return path.stat().st_size if path.is_file() else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,6 +144,7 @@ def launcher_of(composer: Composer, master: DictConfig, folder: Path, job: TaskF
 
     def launch(jobs: Sequence[Sequence[str]]) -> None:
         nonlocal number
+        logging.getLogger("hydra").setLevel(logging.WARNING)  # the first job sets a handler up
         launcher.launch(jobs, initial_job_idx=number)
         number += len(jobs)
 
