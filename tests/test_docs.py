@@ -22,6 +22,7 @@ from symbiotic.files import write_json
 from symbiotic.ranks import planned
 from symbiotic.studies import ask, check_data, export_hf, generate, inspection
 from symbiotic.studies.request import parse_request
+from symbiotic.studies.study import read_study
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -76,6 +77,17 @@ def test_commands_compose(command: str, tmp_path: Path) -> None:
     with planned(nodes * int(count.get("nproc-per-node", 1)), nodes):
         for member in itertools.product(*choices):
             compose(member)
+
+
+@pytest.mark.parametrize("command", sorted({c for c in COMMANDS if c.startswith("make study")}))
+def test_studies_that_make_runs_compose(command: str) -> None:
+    arguments = dict(word.partition("=")[::2] for word in shlex.split(command)[2:])
+    assert set(arguments) <= {"STUDY", "PROCESSES", "ARGS"}
+    assert int(arguments.get("PROCESSES", 2)) > 0
+    study = read_study(arguments["STUDY"])
+    seeds = [seed for word in arguments.get("ARGS", "").split() for seed in word.removeprefix("seed=").split(",")]
+    assert study.arms
+    assert {int(seed) for seed in seeds} <= set(study.seeds)
 
 
 def choice_of(override: str) -> list[str]:

@@ -20,6 +20,7 @@ from symbiotic.data.sources import parse_origins
 from symbiotic.files import read_json
 from symbiotic.runs import load_state
 from symbiotic.schema import Config, ConfigError
+from towers import TOWER, clip_folder
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,15 @@ def test_a_run_on_streams(streamed: Path) -> None:
 
 
 CANARIES = ("canary-password-1", "canary-signature-2", "canary-token-3", "canary-key-4", "canary-login-5")
+
+
+def test_a_run_on_streams_with_a_tower_inside_the_model(given: list[str], tmp_path: Path) -> None:
+    clip_folder(tmp_path / "clip", TOWER)
+    run_dir = Path(run(tmp_path, *given, "vision=tower", f"model.vision.path={tmp_path / 'clip'}").run_dir)
+    before, after = (load_state(run_dir / name) for name in ("init.safetensors", "model.safetensors"))
+    moved = [name for name in before if name.startswith("vision.") and not torch.equal(before[name], after[name])]
+    assert moved  # it has read images
+    assert read_json(run_dir / "data_account.json")["sets"]["mmu"]["good"] > 0
 
 
 def test_from_a_server_that_fails_a_run_has_the_same_bits(

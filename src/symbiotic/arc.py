@@ -310,8 +310,9 @@ class Arc:
         objective = config.objective if generation else None
         schedule = mix_schedule(config.phases, config.mix)
         if isinstance(self.source, StreamData):
-            streams = self.source.plan(self.index, config.mix, config.data, config.seed, objective, schedule)
-            return MicroBatches(self.data, streams, cache_bytes=0, reader=streams)
+            made = next((one for one in self.vectors if isinstance(one, Made)), None)
+            streams = self.source.plan(self.index, config.mix, config.data, config.seed, objective, schedule, made)
+            return MicroBatches(self.data, streams, cache_bytes=0, encoded=self.vectors, reader=streams)
         plan = DataPlan(self.index, config.mix, config.data, config.seed, objective, schedule)
         return MicroBatches(self.data, plan, codes=self.codes if generation else None, encoded=self.vectors)
 

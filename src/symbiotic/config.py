@@ -273,6 +273,26 @@ def _state(folder: str | Path) -> tuple[Any, ...]:
     return tuple(_state(e.path) if e.is_dir() else (e.path, e.stat().st_mtime_ns, e.stat().st_size) for e in listed)
 
 
+OWN_FOLDER = "command-line"
+
+
+def search_too(folder: Path) -> None:
+    """Configs are looked for in this folder too, behind those that are shipped: `--config-dir`, as Hydra has it. Use
+    inside `hydra.initialize_config_dir`.
+
+    Raises:
+        ConfigError: no such folder.
+    """
+    from hydra._internal.config_repository import ConfigRepository
+    from hydra.core.global_hydra import GlobalHydra
+
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir {folder}: no such folder")
+    loader: Any = GlobalHydra.instance().hydra.config_loader  # type: ignore[union-attr]
+    loader.config_search_path.prepend(OWN_FOLDER, f"file://{folder.absolute()}", "schema")  # which has to be last
+    loader.repository = ConfigRepository(loader.config_search_path)
+
+
 class Composer:
     """Hydra's own composition with errors as one line. Use inside `hydra.initialize_config_dir`."""
 
@@ -282,7 +302,8 @@ class Composer:
         self.hydra, self.config_name = GlobalHydra.instance().hydra, config_name
         assert self.hydra is not None
         folders = self.hydra.config_loader.get_search_path().get_path()
-        self.shipped = str(CONF) in [one.path for one in folders]
+        paths, providers = ([getattr(one, name) for one in folders] for name in ("path", "provider"))
+        self.shipped = str(CONF) in paths and OWN_FOLDER not in providers
 
     def composed(self, overrides: Sequence[str], multirun: bool = False) -> DictConfig:
         """Raises ConfigError."""

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from symbiotic.allocator import keep_freed_memory
 from symbiotic.checks.paths import check_paths
 from symbiotic.claim import claimed
-from symbiotic.config import CONF, Composer, load, spelled_out
+from symbiotic.config import CONF, Composer, load, search_too, spelled_out
 from symbiotic.hints import explain
 from symbiotic.ranks import planned, started
 from symbiotic.redact import redacted_text
@@ -265,10 +265,10 @@ def launch(args: argparse.Namespace) -> int:
 
     conf = Path(args.config_path).absolute() if args.config_path else CONF
     overrides = spelled_out(args.overrides)
-    if args.config_dir:
-        overrides.append(f"hydra.searchpath=['file://{Path(args.config_dir).absolute()}']")
     with initialize_config_dir(str(conf), version_base="1.3", job_name="train"):
         try:
+            if args.config_dir:
+                search_too(Path(args.config_dir))
             composer = Composer(args.config_name or "train")
             start = prepare(composer, overrides, args.multirun)
         except ConfigError as error:
@@ -284,6 +284,9 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
         ConfigError: one of the runs is wrong.
     """
     master = composer.composed(overrides, multirun=True)
+    jobs = master.hydra.launcher.get("n_jobs", 1)  # of joblib
+    if not isinstance(jobs, int) or jobs == 0:
+        raise ConfigError(f"hydra.launcher.n_jobs={jobs}: must be a number of processes, or -1 for all cores")
     ranks = started()
     if ranks is not None and (multirun or isinstance(master.get("study"), DictConfig)):
         many = "-m" if multirun else f"study={master.study.name}"

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +14,21 @@ import pytest
 import torch
 
 from hostile import Entry, tar_of
-from people import TOKENIZER, captioned, img2dataset, jsonl, llava, picture, texts
+from people import TOKENIZER, captioned, document, img2dataset, jsonl, llava, picture, texts
 from symbiotic.data.adapters import Origin
 from symbiotic.data.checks import Checks
 from symbiotic.data.cursor import Cursor, account_of
+from symbiotic.data.encoded import Made
 from symbiotic.data.errors import DataError
 from symbiotic.data.loader import MicroBatches, MicroBatchSampler, loader_options
-from symbiotic.data.shards import ShardIndex
+from symbiotic.data.shards import ShardIndex, ShardReader
 from symbiotic.data.stream_plan import StreamLoader, StreamPlan
 from symbiotic.data.streamed import StreamData
 from symbiotic.data.tar import LocalSource
-from symbiotic.models.batch import Batch
-from symbiotic.schema import ConfigError, Data, Mix, Objective
+from symbiotic.images.vision import TowerPixels
+from symbiotic.models.batch import VIT, Batch
+from symbiotic.schema import ConfigError, Data, Mix, Objective, Vision
+from towers import TOWER, clip_folder
 
 WEIGHTS = {"t2i": 3.0, "own": 3.0, "lm": 2.0, "mmu": 2.0}
 DATA = Data(source={}, sets=tuple(WEIGHTS), samples=10, row_tokens=64, micro_batches=2)
@@ -209,6 +213,69 @@ def loader_of(
 ) -> StreamLoader:
     dataset = MicroBatches(source.path, plan, cache_bytes=0, reader=plan)
     return StreamLoader(dataset, plan, loader_options(MicroBatchSampler(steps, start, 2, rank, world), workers))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """For a tower of 4 x 4 patches of 8 x 8 pixels; our pictures of 8 x 8 have 4 patches."""
+    folder = tmp_path_factory.mktemp("tower") / "clip"
+    clip_folder(folder, TOWER)
+    return Made(TowerPixels(Vision(str(folder)), "model.vision"))
+
+
+def test_images_that_a_tower_reads_are_what_it_takes(source: StreamData, made: Made) -> None:
+    head = ShardIndex.load(source.prepare() / "index.npz")
+    head = made.counts(head, ShardReader(source.path / "shards", head))
+
+    def dataset() -> MicroBatches:
+        plan = source.plan(head, Mix(WEIGHTS), DATA, 3, Objective(), made=made)
+        return MicroBatches(source.path, plan, cache_bytes=0, encoded=[made], reader=plan)
+
+    whole = dataset()
+    for item in range(8):
+        batch, plan = whole[item], whole.plan
+        drawn = plan.micro_batch(*divmod(item, 2)).samples
+        seen = [plan.read(int(n))[1] for n in drawn if plan.sets[plan.index.set[n]] == "mmu"]
+        read = [pixels for pixels in seen if pixels is not None]
+        assert int((batch.kind == VIT).sum()) == 16 * len(read) == len(batch.vit_patches) > 0
+        pixels = torch.stack([torch.tensor(picture) for picture in read])
+        expected = made.encoder.encode(pixels).flatten(1, 2)
+        found = batch.vit_patches.view(len(read), 16, -1)
+        assert sorted(map(hash_of, found)) == sorted(map(hash_of, expected))  # rows have an order of their own
+        assert int((batch.segment >= 0).sum(1).max()) <= DATA.row_tokens
+    again = dataset()
+    again.plan.know(3, json.loads(json.dumps(whole.plan.state_at(3))))
+    assert same(again[6], dataset()[6])
+
+
+def hash_of(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().numpy().tobytes()
+
+
+def test_samples_that_a_tower_does_not_take_are_counted(tmp_path: Path, made: Made) -> None:
+    """Several images, and a row that is too short for what one becomes."""
+    picture_of = tmp_path / "images" / "train"
+    picture_of.mkdir(parents=True)
+    for number in range(31):
+        (picture_of / f"{number:04d}.jpg").write_bytes(picture(number, 8, 8))
+    one = {"texts": ["a photo of", None], "images": [None, "train/0001.jpg"]}
+    long = {"texts": ["a photo of " * 20, None], "images": [None, "train/0001.jpg"]}
+    lines = [document(n) if n % 3 == 0 else long if n % 3 == 1 else one for n in range(30)]
+    file = str(jsonl(tmp_path / "x.jsonl", lines))
+    origin = Origin((file,), "interleaved", images=(str(tmp_path / "images"),), fit="crop", side=8)
+    checks = Checks(TOKENIZER, 128, origin=origin, keep=True)
+    extra = partial(made.extra, TOKENIZER)
+    stream = Cursor("docs", [file], checks, 0, 8, 0.9, extra=extra, row_tokens=64)
+    keys = {stream.take().key for _ in range(10)}
+    assert len(keys) == 10
+    stream.take()  # of the second epoch: the first is counted
+    account = account_of({"docs": stream.state()}, 0.9)
+    assert (account["good"], account["kinds"]) == (10, {"several_images": 10, "too_long": 10})
+    reasons = {bad["kind"]: bad["reason"] for bad in stream.state()["examples"]}
+    assert reasons["several_images"] == "2 images are read; a vision tower takes one a sample"
+    assert reasons["too_long"].endswith(" tokens; a row takes 64")
+    plain = Cursor("docs", [file], checks, 0, 8, 0.9)
+    assert len({plain.take().key for _ in range(30)}) == 30
 
 
 def test_the_first_steps_over_and_over(source: StreamData) -> None:

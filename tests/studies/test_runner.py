@@ -253,7 +253,7 @@ def test_no_run_begins_past_the_budget_and_a_larger_one_goes_on(cells: list[Cell
     made = made_by(launcher, limited, poor)
     assert not made.run()
     assert len(read_rows(made.results)) == 2
-    assert made.ending()[-1].startswith("stopped at the budget: 1.06 of 1 hours, 2 of 4 runs; study.budget_hours=")
+    assert made.ending()[-1].startswith("stopped at the budget: 1.06 of 1 hours, 2 of 4 runs; ++study.budget_hours=")
     assert made.ending()[0].endswith("over budget: the study's budget is spent: 1.06 of 1 hours")
     rich = [budgeted(cell, 9.0) for cell in cells]
     assert made_by(Launcher(rich, act), rich, dataclasses.replace(study, budget_hours=9.0)).run()

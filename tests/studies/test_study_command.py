@@ -17,6 +17,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from symbiotic import launch
+from symbiotic.config import CONF
 from symbiotic.studies import study
 from symbiotic.studies.results_file import FILE, read_rows
 
@@ -101,6 +102,9 @@ def launched(*arguments: str) -> int:
         (["seed=a"], "error: seed=a: must be whole numbers, as in seed=0,1"),
         (["study.factors=[system]"], "no declared factor"),
         (["study.name=other"], "error: study.name=other: must be smoke, the name of its file"),
+        (["++study.budget_hours=-1"], "error: study.budget_hours=-1: must not be below 0"),
+        (["++study.retries=-1"], "error: study.retries=-1: must not be below 0"),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jobs=0"], "n_jobs=0: must be a number of processes, or -1 for"),
         (["data.samples=8"], "changes arm one pool, one rate: data.samples is 8"),
     ],
 )
@@ -124,6 +128,20 @@ def test_a_second_study_in_the_folder_is_refused_and_a_plan_costs_nothing(
         fcntl.flock(file, fcntl.LOCK_EX)
         assert launched("study=smoke") == 1
     assert "is at work in this folder; wait for it, or stop it, to run the study" in capsys.readouterr().err
+
+
+def test_a_study_of_ones_own_folder(
+    folders: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path_factory.mktemp("conf")
+    (own / "study").mkdir()
+    text = (CONF / "study" / "smoke.yaml").read_text()
+    (own / "study" / "mine.yaml").write_text(text.replace("name: smoke", "name: mine"))
+    assert launched("--config-dir", str(own), "study=mine", "dry_run=true") == 0
+    assert "study mine: 0 of 8 runs are there" in capsys.readouterr().out
+    assert launched("--config-dir", str(own / "nowhere"), "study=mine") == 2
+    assert capsys.readouterr().err == f"error: --config-dir {own / 'nowhere'}: no such folder\n"
+    assert launched("study=mine") == 2
 
 
 # --------------------------------------------------------------------------- minutes

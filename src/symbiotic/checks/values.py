@@ -147,14 +147,11 @@ def _objective(config: Config) -> None:
     check_benchmarks(config.evaluation)
 
 
-def _tower(config: Config, streamed: bool) -> None:
+def _tower(config: Config) -> None:
     """A vision tower inside the model takes pixels, and nothing else reads them."""
-    key, model, data = "model.vision", config.model, config.data
+    model, data = config.model, config.data
     if model.vision is None:
         return
-    require(
-        not streamed, key, "…", "takes images by its own preprocessing; must be null with data=stream, or data=sources"
-    )
     right = "is known from model.vision; must be null"
     require(model.vit_dim is None, "model.vit_dim", model.vit_dim, right)
     right = "model.vision reads the images; must be null"
@@ -213,7 +210,7 @@ def _data(config: Config) -> None:
     at_least(data, "data.", 1, "samples row_tokens micro_batches")
     at_least(data, "data.", 0, "num_workers repeat_steps")
     streamed = str(data.source.get("_target_")).endswith(".StreamData")
-    _tower(config, streamed)
+    _tower(config)
     if streamed and data.encoded:
         raise ConfigError(f"data.encoded={list(data.encoded)}: has no effect with data=stream, which reads pixels")
     if streamed and config.objective.name == "autoregressive":

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from symbiotic.data.adapters import Origin, pieces
-from symbiotic.data.bad import BadSample
+from symbiotic.data.bad import BadSample, Refused
 from symbiotic.data.checks import PATCH, Checks, ShardSample
 from symbiotic.data.errors import DataError
 from symbiotic.data.fit import Fit, boxes_of, strip
@@ -79,6 +79,7 @@ class Cursor:
         checks: with a tokenizer, and `keep`.
         window: samples that are shuffled together; 1: none.
         max_bad: share of bad samples that is borne.
+        extra: tokens that a record has beyond its counts, with which it must fit in `row_tokens`; see `encoded.Made`.
     """
 
     def __init__(
@@ -90,7 +91,10 @@ class Cursor:
         window: int = 256,
         max_bad: float = 0.01,
         open_source: OpenSource = LocalSource,
+        extra: Callable[[Mapping[str, Any]], int] | None = None,
+        row_tokens: int = 1 << 62,
     ) -> None:
+        self.extra, self.row_tokens = extra, row_tokens
         self.name, self.files, self.checks, self.seed = name, list(files), checks, seed
         self.window, self.max_bad, self.open_source = window, max_bad, open_source
         self.restore({**asdict(Place()), "taken": 0})
@@ -132,9 +136,10 @@ class Cursor:
         self._events = self._events or self._read(begin)
         for event, after in self._events:
             if event is not None:
+                event, found = self._items_of(event)
                 self._count(now, event, counted=now.epoch == 0)
                 documents += isinstance(event.found, ShardSample)
-                items += list(self._items_of(event))
+                items += found
             else:
                 self._check(now, at_end=True)
             now.epoch, now.file, now.offset = after.epoch, after.file, after.offset
@@ -157,14 +162,31 @@ class Cursor:
             epoch, first = epoch + 1, 0
             yield None, Place(epoch)
 
-    def _items_of(self, event: Event) -> Iterator[Item]:
+    def _items_of(self, event: Event) -> tuple[Event, list[Item]]:
+        """What a good sample becomes; the event is that of a bad one where it does not fit."""
         sample, tokenizer = event.found, self.checks.tokenizer
         if not isinstance(sample, ShardSample) or tokenizer is None or sample.counts is None:
-            return
+            return event, []
         cut = list(pieces(sample.record, tokenizer.encode, self.checks.row_tokens or 1 << 62))
+        items = []
         for piece in cut:
             counts = sample.counts if len(cut) == 1 else measure(piece, tokenizer, PATCH)
-            yield Item(sample.shard, sample.key, piece, sample.bodies, counts)
+            items.append(Item(sample.shard, sample.key, piece, sample.bodies, counts))
+        try:
+            return event, [self._extended(item) for item in items] if self.extra else items
+        except Refused as fault:
+            return event._replace(found=BadSample(sample.shard, sample.key, fault.kind, fault.reason)), []
+
+    def _extended(self, item: Item) -> Item:
+        """With the counts that it has in the run. Raises Refused: it cannot be used, or is longer than a row."""
+        assert self.extra is not None
+        more = self.extra(item.record)
+        counts = item.counts._replace(
+            tokens=item.counts.tokens + more, dropped_tokens=item.counts.dropped_tokens + more
+        )
+        if counts.tokens > self.row_tokens:
+            raise Refused("too_long", f"{counts.tokens} tokens; a row takes {self.row_tokens}")
+        return item._replace(counts=counts)
 
     def _count(self, now: Place, event: Event, counted: bool) -> None:
         bad = event.found.bad if isinstance(event.found, ShardEnd) else event.found

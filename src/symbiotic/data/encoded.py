@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 from symbiotic.convert.tensor_files import Shape, Stored, dtype_name, header, read, write_file
+from symbiotic.data.bad import Refused
 from symbiotic.data.errors import DataError
-from symbiotic.data.formats import image_size
+from symbiotic.data.formats import image_size, read_sizes
 from symbiotic.data.packing import Array, Sample
 from symbiotic.data.shards import ShardIndex, ShardReader
+from symbiotic.data.tokenizer import Tokenizer
 from symbiotic.files import read_json, write_json
 from symbiotic.images.encoder import ImageEncoder
 from symbiotic.images.tokenizer import to_pixels
@@ -175,6 +177,20 @@ class Made:
             tokens[sample] += more
             dropped[sample] += more
         return replace(index, num_tokens=tokens, dropped_tokens=dropped)
+
+    def extra(self, tokenizer: Tokenizer, record: Mapping[str, Any]) -> int:
+        """Tokens of a record beyond those of `formats.measure`.
+
+        Raises:
+            Refused: several images are read in it.
+        """
+        sizes = read_sizes(record, tokenizer)
+        if not sizes:
+            return 0
+        if len(sizes) > 1:
+            raise Refused("several_images", f"{len(sizes)} images are read; a vision tower takes one a sample")
+        (height, width), (h, w) = sizes[0], self.encoder.grid(*sizes[0])
+        return h * w - (height // PATCH) * (width // PATCH)
 
     def put(self, sample: Sample, number: int) -> Sample:
         """The sample with its vectors in the place of its pixel patches, if it has an image of this kind."""

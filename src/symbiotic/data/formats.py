@@ -137,10 +137,8 @@ def record_sample(key: str, record: Mapping[str, Any], pixels: Array | None, tok
 
 def measure(record: Mapping[str, Any], tokenizer: Tokenizer, patch: int = 4) -> Counts:
     """Counts of a record, from its words and its `height` and `width`, without reading the image."""
-    size = (*image_size(record), 3)
-    shape_only = np.broadcast_to(np.uint8(0), size) if any(size[:2]) else None
     tokens = ce = latents = 0
-    for part in record_parts(record, shape_only, tokenizer):
+    for part in _shaped_parts(record, tokenizer):
         if isinstance(part, Text):
             tokens += len(part.ids)
             ce += len(part.ids) * part.loss
@@ -152,6 +150,19 @@ def measure(record: Mapping[str, Any], tokenizer: Tokenizer, patch: int = 4) -> 
     if record["task"] in GENERATION_TASKS:
         return Counts(tokens, ce, latents, 3 + latents, 0)
     return Counts(tokens, ce, latents, tokens, ce)
+
+
+def read_sizes(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """(height, width) of each image of a record that the model reads, from its `height` and `width`."""
+    parts = [part for part in _shaped_parts(record, tokenizer) if isinstance(part, ReadImage)]
+    return [(part.pixels.shape[0], part.pixels.shape[1]) for part in parts]
+
+
+def _shaped_parts(record: Mapping[str, Any], tokenizer: Tokenizer) -> list[Part]:
+    """The parts of a record whose images have a shape and nothing in it."""
+    size = (*image_size(record), 3)
+    shape_only = np.broadcast_to(np.uint8(0), size) if any(size[:2]) else None
+    return record_parts(record, shape_only, tokenizer)
 
 
 def image_size(record: Mapping[str, Any]) -> tuple[int, int]:

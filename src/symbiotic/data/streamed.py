@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from symbiotic.data.account import write_account
 from symbiotic.data.adapters import Origin
 from symbiotic.data.checks import Checks
 from symbiotic.data.cursor import Cursor, account_of
+from symbiotic.data.encoded import Made
 from symbiotic.data.errors import readable_errors
 from symbiotic.data.packing import Array
 from symbiotic.data.remote import Fetching, Opener, addresses, is_remote
@@ -81,11 +83,23 @@ class StreamData:
         self.fingerprint = digest(self.recipe)
         self.path = self.folder / self.fingerprint
 
-    def cursors(self, tokenizer: Tokenizer, seed: int) -> dict[str, Cursor]:
-        """The streams from their beginning, in an order that the seed draws."""
+    def cursors(
+        self, tokenizer: Tokenizer, seed: int, made: Made | None = None, row_tokens: int = 1 << 62
+    ) -> dict[str, Cursor]:
+        """The streams from their beginning, in an order that the seed draws. made: in the place of read pixels; with
+        it samples must fit in rows of `row_tokens`."""
+        extra = partial(made.extra, tokenizer) if made is not None else None
         return {
             name: Cursor(
-                name, self.files[name], self._checks(tokenizer, origin), seed, self.window, self.max_bad, self.open
+                name,
+                self.files[name],
+                self._checks(tokenizer, origin),
+                seed,
+                self.window,
+                self.max_bad,
+                self.open,
+                extra,
+                row_tokens,
             )
             for name, origin in self.origins.items()
         }
@@ -101,9 +115,11 @@ class StreamData:
         seed: int,
         objective: Objective | None,
         schedule: Sequence[tuple[int, Mapping[str, float]]] = (),
+        made: Made | None = None,
     ) -> StreamPlan:
-        """The plan of a training. head: the index of the corpus. Others, and errors, as those of `DataPlan`."""
-        cursors = self.cursors(Tokenizer.load(self.tokenizer), seed)
+        """The plan of a training. head: the index of the corpus. made: what read images become. Others, and errors, as
+        those of `DataPlan`."""
+        cursors = self.cursors(Tokenizer.load(self.tokenizer), seed, made, data.row_tokens)
         return StreamPlan(cursors, self.origins, head, mix, data, seed, objective, schedule)
 
     def prepare(self) -> Path:

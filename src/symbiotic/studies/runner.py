@@ -158,7 +158,7 @@ class StudyRun:
             done = len(self.cells) - len(left)
             lines.append(
                 f"stopped at the budget: {spent:.2f} of {budget:g} hours, {done} of {len(self.cells)} runs; "
-                "study.budget_hours=… and the same command go on"
+                "++study.budget_hours=… and the same command go on"
             )
         return lines
 

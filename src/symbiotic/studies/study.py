@@ -126,6 +126,10 @@ def read_study(name: str) -> Study:
 def study_of(node: Mapping[str, Any]) -> Study:
     """From the content of its file. Raises ConfigError."""
     study = with_design(parse(Study, node.get("study") or {}, "study"))
+    for name in ("budget_hours", "retries"):
+        value = getattr(study, name)
+        if value is not None and not value >= 0:
+            raise ConfigError(f"study.{name}={value:g}: must not be below 0")
     if study.arms:
         _check_words(study)
         _check_arms(study)
