@@ -71,6 +71,18 @@ WRONG = {  # the command line -> what the line says
     "objective.prediction=y": r"objective\.prediction='y': must be one of x, velocity",
     "evaluation.images=0": r"evaluation\.images=0: must be at least 1",
     "name=a/b": r"name=a/b: must be one plain folder name",
+    "name=..": r"name=\.\.: must be one plain folder name",
+    "run_dir=": r"run_dir='': must name a folder",
+    "objective.time_mean=nan": r"objective\.time_mean=nan: must be a finite number",
+    "model.num_experts=0": r"model\.num_experts=0: must leave at least one expert",
+    "model.width=1000000000": r"model\.width=1000000000: must be at most 1,048,576",
+    "data=shards data.source.tokenizer=/dev/null data.source.shards=3": r"data\.source\.shards=3: no such file",
+    "+trainer.limit_train_batches=5": r"trainer\.limit_train_batches=5: must not be set; it follows from phases\.steps",
+    "+trainer.min_steps=x": r"trainer\.min_steps=x: must not be set",
+    "+trainer.fast_dev_run=true": r"trainer\.fast_dev_run=true: must not be set",
+    "hydra.output_subdir=.hydra": r"hydra\.output_subdir=\.hydra: must be null; a run folder has its own config",
+    "hydra.launcher._target_=os.getcwd": r"hydra\.launcher\._target_=os\.getcwd: must be a launcher of Hydra or of",
+    "+hydra.callbacks.x._target_=logging.FileHandler": r"hydra\.callbacks=\['x'\]: must be empty; those of a run are",
     # model and system
     "model.router.top_k=9": r"model\.router\.top_k=9: tokens of kind text see only 8 experts .*at most 8",
     "system=tripartite model.router.top_k=5": r"model\.router\.top_k=5: tokens of kind text see only 4 experts",
@@ -322,6 +334,14 @@ YAML = {
     "phases/mine.yaml": {
         "steps: 9\nshield_steps: 3\nrelease_scale: 0\nlist: [{name: a, until: 9, sheild: 1}]\n": r"mean 'shield'",
         "steps: 9\nshield_steps: 3\nrelease_scale: 0\nlist: {a: 9}\n": r"phases\.list=.*: must be a list",
+    },
+    "experiment/mine.yaml": {
+        "# @package _global_\nhydra: {callbacks: {x: {_target_: logging.FileHandler, filename: out, mode: w}}}\n": (
+            r"hydra\.callbacks=\['x'\]: must be empty"
+        ),
+        "# @package _global_\nhydra: {job_logging: {handlers: {x: {class: logging.FileHandler, filename: out}}}}\n": (
+            r"hydra\.job_logging: logging\.FileHandler: must print, and do nothing else"
+        ),
     },
     "trainer/mine.yaml": {
         "accelerator: cpu\ndevice: 2\n": r"trainer\.device: no argument of .* did you mean 'devices'\?",

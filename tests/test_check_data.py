@@ -14,6 +14,7 @@ from hostile import TOKENIZER, Entry, good, image, pair, record, tar_of, write_s
 from symbiotic.data.account import ACCOUNT, BAD_SAMPLES
 from symbiotic.data.bad import KINDS
 from symbiotic.data.tar import find_shards
+from symbiotic.schema import ConfigError
 from symbiotic.studies.check_data import USAGE, main
 
 TORCHLESS = """
@@ -168,6 +169,8 @@ def test_shards_are_found_sorted_and_once(tmp_path: Path) -> None:
     both = [f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"]
     assert find_shards([str(tmp_path)], "shards") == both
     assert find_shards([f"{tmp_path}/b.tar", f"{tmp_path}/*.tar"], "shards") == both
+    with pytest.raises(ConfigError, match=r"^shards=.*/\*\*x\.tar: (no pattern|no such file)"):
+        find_shards([f"{tmp_path}/**x.tar"], "shards")
 
 
 def test_the_script_helps_and_refuses_without_torch(project_root: Path, tmp_path: Path) -> None:

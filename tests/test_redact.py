@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from hydra._internal.utils import get_args_parser
 
 from symbiotic.callbacks.events import read_events, record_event
 from symbiotic.config import compose, save_config
+from symbiotic.launch import launch
 from symbiotic.redact import REDACTED, RedactedFile, redacted, redacted_text
 from symbiotic.studies.member import OUTPUT, output_to, told
 
@@ -169,3 +171,14 @@ def test_a_bug_is_shown_without_secrets(project_root: Path) -> None:
     assert done.returncode == 1
     assert f"ValueError: password={REDACTED} in a bug" in done.stderr
     assert json.dumps(CANARY).strip('"') not in done.stderr
+
+
+def test_what_a_multirun_writes_has_no_secret(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = f"+logger.more={{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: x, api_key: {CANARY}, "
+    logger += f"name: 'https://user:{CANARY}@host/x?token={CANARY}'}}"
+    paths = [f"paths.{name}={tmp_path / name}" for name in ("runs", "data", "cache")]
+    arguments = ["-m", "experiment=smoke", "dry_run=true", "seed=0,1", logger, *paths]
+    assert launch(get_args_parser().parse_args(arguments)) == 0
+    (written,) = (tmp_path / "runs").rglob("multirun.yaml")
+    assert REDACTED in written.read_text()
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and CANARY.encode() in path.read_bytes()]

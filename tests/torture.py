@@ -65,12 +65,12 @@ def main() -> int:
     failed = False
     with tempfile.TemporaryDirectory() as name:
         rows = table(chosen, Path(name))
-        unknown = [row for row in only if not any(title.startswith(row) for title in rows)]
+        unknown = [row for row in only if not any(f"{title} ".startswith(f"{row} ") for title in rows)]
         if unknown:
             print(f"error: only={unknown[0]}: no such row; known: {', '.join(rows)}", file=sys.stderr)
             return 2
         for title, run in rows.items():
-            if only and not title.startswith(only):
+            if only and not any(f"{title} ".startswith(f"{row} ") for row in only):
                 continue
             with contextlib.redirect_stdout(sys.stderr):
                 found = run()

@@ -64,7 +64,7 @@ def commit(
             found = None if manifest is None else pool.submit(checksum, temporary)
             sync(temporary)
         if found is not None:
-            facts = {**(manifest or {}), "bytes": temporary.stat().st_size, "sha256": found.result()}
+            facts = checked({**(manifest or {}), "bytes": temporary.stat().st_size, "sha256": found.result()})
             about.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             sync(about)
             manifest_of(path).unlink(missing_ok=True)  # of an older file: a kill from here on leaves no wrong one
@@ -114,8 +114,22 @@ def commit_folder(temporary: Path, path: Path, manifest: Mapping[str, Any]) -> P
     remove(path)
     temporary.replace(path)
     sync(path.parent)
-    write_json(manifest_of(path), dict(manifest))
+    write_json(manifest_of(path), checked(manifest))
     return path
+
+
+def checked(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with a checksum of its own."""
+    return {**manifest, "check": digest(dict(manifest))}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What the manifest of a file or folder says; nothing where it is damaged, or there is none."""
+    found = read_json(manifest_of(path))
+    if not isinstance(found, dict):
+        return {}
+    facts = {key: value for key, value in found.items() if key != "check"}
+    return facts if found.get("check", digest(facts)) == digest(facts) else {}  # of older code there is no check
 
 
 def remove(path: Path) -> None:
@@ -133,30 +147,31 @@ def manifest_of(path: Path) -> Path:
 
 def uncommitted(path: Path) -> str | None:
     """Why a file that `commit` wrote with a manifest, or a folder, cannot be trusted, or None. Reads all of it."""
-    about = read_json(manifest_of(path))
-    if path.is_dir() and isinstance(about, dict) and isinstance(about.get("files"), dict):
+    about = read_manifest(path)
+    if path.is_dir() and isinstance(about.get("files"), dict):
         problems = ((name, _differs(path / name, facts)) for name, facts in about["files"].items())
         return next((f"{name}: {problem}" for name, problem in problems if problem), None)
-    if path.is_dir() or not isinstance(about, dict) or not {"bytes", "sha256"} <= set(about):
+    if path.is_dir() or not {"bytes", "sha256"} <= set(about):
         return f"no sound {manifest_of(path).name}: its writing did not come to an end"
     return _differs(path, about)
 
 
 def _differs(path: Path, about: Mapping[str, Any]) -> str | None:
     try:
-        if path.stat().st_size != about["bytes"]:
-            return f"{path.stat().st_size} bytes where {about['bytes']} were written"
-        return None if checksum(path) == about["sha256"] else "its checksum is not that of what was written"
+        if path.stat().st_size != about.get("bytes"):
+            return f"{path.stat().st_size} bytes where {about.get('bytes')} were written"
+        return None if checksum(path) == about.get("sha256") else "its checksum is not that of what was written"
     except OSError as error:
         return str(error.strerror)
 
 
 def announced(path: Path) -> bool:
     """Whether a manifest says that the file, or folder, is complete; unlike `uncommitted` it reads nothing of it."""
-    about = read_json(manifest_of(path))
-    if not isinstance(about, dict):
+    about = read_manifest(path)
+    inside = about.get("files") if path.is_dir() else {"": about}
+    if not about or not isinstance(inside, dict):
         return False
-    files = {path / name: facts for name, facts in about["files"].items()} if path.is_dir() else {path: about}
+    files = {path / name if name else path: facts for name, facts in inside.items()}
     return all(file.is_file() and file.stat().st_size == facts.get("bytes") for file, facts in files.items())
 
 

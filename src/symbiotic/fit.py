@@ -29,7 +29,7 @@ from symbiotic.claim import serve
 from symbiotic.config import instantiate
 from symbiotic.data.loader import MicroBatches, MicroBatchSampler, loader_options, train_loader
 from symbiotic.data.stream_plan import StreamLoader, StreamPlan
-from symbiotic.files import manifest_of, read_json, sweep
+from symbiotic.files import manifest_of, read_manifest, sweep
 from symbiotic.module import SymbioticModule
 from symbiotic.ranks import started
 from symbiotic.schema import Config, ConfigError, RunError
@@ -167,7 +167,7 @@ def start_of(folder: Path, about: Mapping[str, str], earlier: Collection[str]) -
     step = step_of(found) if found is not None else -1
     for damaged in (path for path in committed(folder) if step_of(path) > step):
         manifest_of(damaged).unlink(missing_ok=True)  # another rank may have done it
-    manifest = read_json(manifest_of(found)) if found is not None else {}
+    manifest = read_manifest(found) if found is not None else {}
     for key in ("settings", "data"):
         has, wanted = manifest.get(key), about.get(key)
         if None not in (has, wanted) and has != wanted and has not in earlier:

@@ -26,11 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from symbiotic.allocator import keep_freed_memory
 from symbiotic.checks.paths import check_paths
+from symbiotic.checks.rules import plain
 from symbiotic.claim import claimed
 from symbiotic.config import CONF, Composer, load, search_too, spelled_out
 from symbiotic.hints import explain
 from symbiotic.ranks import planned, started
-from symbiotic.redact import redacted_text
+from symbiotic.redact import redacted, redacted_text
 from symbiotic.schema import CollapseStop, Config, ConfigError, RunError
 from symbiotic.stop import WARNINGS, Stopped, at_once, handled
 from symbiotic.studies.member import run_member
@@ -284,6 +285,7 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
         ConfigError: one of the runs is wrong.
     """
     master = composer.composed(overrides, multirun=True)
+    check_hydra(master.hydra)
     jobs = master.hydra.launcher.get("n_jobs", 1)  # of joblib
     if not isinstance(jobs, int) or jobs == 0:
         raise ConfigError(f"hydra.launcher.n_jobs={jobs}: must be a number of processes, or -1 for all cores")
@@ -300,6 +302,57 @@ def prepare(composer: Composer, overrides: list[str], multirun: bool) -> Callabl
         return lambda: interruptible(lambda: study_command.run(composer, master, study, cells, job))
     multirun = prepare_runs(composer, master, overrides, multirun)
     return lambda: interruptible(lambda: _run(composer, overrides, multirun))
+
+
+def check_hydra(node: DictConfig) -> None:
+    """What Hydra builds from its own node is a launcher or a sweeper of its plugins, and nothing else.
+
+    Raises:
+        ConfigError: something else would be called, or files be written that secrets are not taken out of.
+    """
+    if node.get("callbacks"):
+        raise ConfigError(
+            f"hydra.callbacks={list(node.callbacks)}: must be empty; those of a run are the group callbacks"
+        )
+    for part in ("launcher", "sweeper"):
+        target = str(node[part].get("_target_"))
+        if not target.startswith(("hydra_plugins.", "hydra._internal.core_plugins.")):
+            raise ConfigError(f"hydra.{part}._target_={target}: must be a {part} of Hydra or of one of its plugins")
+    for key, right in (("output_subdir", None), ("job.chdir", False)):
+        value = OmegaConf.select(node, key)
+        if value != right:
+            raise ConfigError(f"hydra.{key}={value}: must be {plain(right)}; a run folder has its own config.yaml")
+    for key in ("job_logging", "hydra_logging"):
+        named = [*_values(OmegaConf.to_container(node[key], resolve=False), ("class", "()"))]
+        wrong = [name for name in named if name != "logging.StreamHandler"]
+        if wrong:
+            raise ConfigError(f"hydra.{key}: {wrong[0]}: must print, and do nothing else")
+
+
+def _values(node: Any, names: Sequence[str]) -> Iterator[Any]:
+    """What stands below these names, wherever they are."""
+    if isinstance(node, dict):
+        for name, child in node.items():
+            if name in names:
+                yield child
+            yield from _values(child, names)
+
+
+@contextmanager
+def redacted_sweeps() -> Iterator[None]:
+    """Inside, the `multirun.yaml` that a sweeper of Hydra writes is without secrets."""
+    from hydra._internal.core_plugins import basic_sweeper
+
+    class Redacting(OmegaConf):
+        @staticmethod
+        def save(config: Any, f: Any, resolve: bool = False) -> None:
+            OmegaConf.save(OmegaConf.create(redacted(OmegaConf.to_container(config, resolve=resolve))), f)
+
+    basic_sweeper.OmegaConf = Redacting  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        basic_sweeper.OmegaConf = OmegaConf  # type: ignore[misc]
 
 
 def say(line: str) -> None:
@@ -336,7 +389,8 @@ def _run(composer: Composer, overrides: list[str], multirun: bool) -> int:
     start = hydra.multirun if multirun else hydra.run
     mode = "MULTIRUN" if multirun else "RUN"
     _FAILURES.clear()
-    returned = start(composer.config_name, job, [*overrides, f"hydra.mode={mode}"])
+    with redacted_sweeps():
+        returned = start(composer.config_name, job, [*overrides, f"hydra.mode={mode}"])
     return max((failure.status for failure in (*_FAILURES, *_failures(returned))), default=0)
 
 

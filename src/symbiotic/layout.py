@@ -24,6 +24,8 @@ def pool_sizes(model: Model, system: System) -> dict[str, int]:
         ConfigError: a share outside (0, 1], one that rounds to no expert, or shares that do not add up to one.
     """
     total = num_experts(model, system)
+    if system.pools and total < 1:
+        raise ConfigError(f"{_counted(model, system)}: must leave at least one expert")
     sizes = {
         name: _experts(name, share, total, _counted(model, system))
         for name, share in system.pools.items()

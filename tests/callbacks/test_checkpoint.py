@@ -34,7 +34,7 @@ from symbiotic.callbacks.log import StepLog
 from symbiotic.callbacks.lr_phases import LRPhases
 from symbiotic.callbacks.progress import Progress
 from symbiotic.callbacks.routing_monitor import RoutingMonitor
-from symbiotic.files import commit
+from symbiotic.files import announced, commit, commit_folder, described, manifest_of, read_manifest, uncommitted
 
 
 def state(step: int, numbers: int = 500) -> dict[str, Any]:
@@ -109,6 +109,41 @@ def test_a_damaged_manifest_is_no_manifest(tmp_path: Path) -> None:
         assert newest_valid(tmp_path) == old, text
     manifest.write_text(json.dumps(facts))
     assert newest_valid(tmp_path) == new
+
+
+def test_no_flipped_bit_of_a_manifest_is_believed(tmp_path: Path) -> None:
+    """It is read as it was, or the one before counts; nothing else is said of the run."""
+    new = write(tmp_path, 1, 2)[1]
+    about = {"settings": "c0ffee", "data": "f00d"}
+    AtomicCheckpointIO(about).save_checkpoint(state(3), checkpoint_path(tmp_path, 3))
+    path = checkpoint_path(tmp_path, 3)
+    manifest = manifest_of(path)
+    data, facts = manifest.read_bytes(), read_manifest(path)
+    assert facts["settings"] == "c0ffee"
+    for place in range(0, len(data) * 8):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        manifest.write_bytes(flipped)
+        found = read_manifest(path)
+        assert found == {} or {key: found.get(key) for key in facts} == facts, place
+        announced(path)
+        if place % 16 == 0:
+            assert newest_valid(tmp_path) == (path if found else new)
+
+
+def test_no_flipped_bit_of_the_manifest_of_a_folder_is_believed(tmp_path: Path) -> None:
+    folder = tmp_path / "part"
+    folder.mkdir()
+    (folder / "a").write_bytes(b"abc")
+    path = commit_folder(folder, checkpoint_path(tmp_path, 4), {"step": 4, "files": described([folder / "a"])})
+    manifest = manifest_of(path)
+    data = manifest.read_bytes()
+    assert uncommitted(path) is None
+    for place in range(len(data) * 8):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        manifest.write_bytes(flipped)
+        assert announced(path) == (uncommitted(path) is None)
 
 
 def test_sums_that_torch_does_not_look_at_are_left_out_of_checkpoints_alone(tmp_path: Path) -> None:

@@ -110,6 +110,15 @@ def test_what_a_png_announces_is_what_it_unpacks_to(mode: str, bits: int, side: 
     check_unpacked(body)
 
 
+def test_a_png_with_fewer_pixels_than_it_announces_is_refused() -> None:
+    """Decoders put zeros in their place: 5 rows of 8 pixels, where 8 are announced."""
+    data = zlib.compress((b"\0" + bytes([1] * 24)) * 5)
+    header = struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0)
+    body = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    with pytest.raises(Refused, match=r"image_truncated: it unpacks to 125 of the 200 bytes it announces"):
+        decode_image(body, checked=True)
+
+
 def test_an_interlaced_png_announces_its_seven_passes() -> None:
     """5 x 5 pixels of 3 bytes: passes of 1x1, 1x1, 2x1, 1x2 (w x h: 1 2), 3x1, 2x3 and 5x2 pixels."""
     header = struct.pack(">IIBBBBB", 5, 5, 8, 2, 0, 0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from hostile import Entry, tar_of
 from people import TOKENIZER, captioned, conversation, document, img2dataset, jsonl, llava, picture, texts
+from symbiotic.data import record_files
 from symbiotic.data.adapters import Origin
 from symbiotic.data.bad import BadSample
 from symbiotic.data.checks import Checks, ShardSample
@@ -230,6 +232,24 @@ def test_long_texts_become_samples_of_a_row_each(tmp_path: Path, words: str) -> 
     assert index.num_tokens.max() <= 64
     reader = ShardReader(corpus / "shards", index)
     assert " ".join(reader.read(n)[0]["text"] for n in range(len(index))) == long
+
+
+def test_a_value_that_stands_in_every_row_of_a_parquet_file_is_decoded_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dictionary writes it once: the file is small, its rows are not."""
+    file = table(tmp_path / "x.parquet", [{"text": "red " * 50_000}] * 2_000, group=2_000)
+    assert file.stat().st_size < 1_000_000
+    monkeypatch.setattr(record_files, "_DECODED", 1 << 20)
+    tracemalloc.start()
+    events = read_file(str(file), Checks(None, None, origin=Origin((str(file),), "text")))
+    first = [next(events) for _ in range(40)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len({event.after for event in first}) == 40
+    assert peak < 40_000_000  # of 400 MB
+    again = read_file(str(file), Checks(None, None, origin=Origin((str(file),), "text")), start=1_990)
+    assert [event.after for event in again] == [*range(1_991, 2_001), None]
 
 
 def test_another_option_is_another_corpus(tmp_path: Path, words: str) -> None:

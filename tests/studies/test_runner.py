@@ -194,13 +194,12 @@ def test_a_worker_that_dies_costs_a_try_and_nothing_else(cells: list[Cell], stud
 
 
 def test_workers_that_die_cost_no_try_of_runs_that_had_not_begun(cells: list[Cell], study: Study) -> None:
-    """One after the other, more of them than a run may be begun again; the first run of each launch is the one they
-    were at, and has said something."""
-    deaths, lines = [cells[0], cells[1], cells[2]], list[str]()
+    """Twice, and a run may be begun again once; each time one run was at work, and has said something."""
+    deaths, lines = [cells[0], cells[1]], list[str]()
     inner = Launcher(cells)
 
     def launch(jobs: Sequence[Sequence[str]]) -> None:
-        if deaths:
+        if deaths and len(jobs) > 3:
             cell = deaths.pop(0)
             cell.folder.mkdir(parents=True, exist_ok=True)
             with (cell.folder / "output.txt").open("a") as file:
@@ -212,6 +211,30 @@ def test_workers_that_die_cost_no_try_of_runs_that_had_not_begun(cells: list[Cel
     assert study.retries == 1
     assert made.run()
     assert [inner.begun.count(f"{cell.arm} {cell.seed}") for cell in cells] == [1, 1, 1, 1]
+
+
+def test_a_run_that_kills_its_worker_takes_no_other_with_it(cells: list[Cell], study: Study) -> None:
+    """With two at work nobody knows which one it was: both are begun again, each by itself."""
+    inner, batches = Launcher(cells), list[int]()
+
+    def launch(jobs: Sequence[Sequence[str]]) -> None:
+        batches.append(len(jobs))
+        runs_ = [inner.cells[tuple(job)] for job in jobs if job[-1] != "parent_only=true"]
+        if cells[0] not in runs_:
+            inner(jobs)
+            return
+        for cell in runs_[:2]:
+            cell.folder.mkdir(parents=True, exist_ok=True)
+            with (cell.folder / "output.txt").open("a") as file:
+                file.write("step 1\n")
+        raise RuntimeError("a worker process was terminated")
+
+    made = StudyRun(study, cells, cells[0].folder.parent, launch, say=lambda line: None)
+    assert not made.run()
+    (line,) = made.ending()
+    assert line.startswith("missing: symbiotic, seed 0 (")
+    assert line.endswith("its process ended without a word")
+    assert [row["run"] for row in read_rows(made.results)] == [cell.run for cell in cells[1:]]
 
 
 def test_a_launcher_that_begins_nothing_ends_the_study(cells: list[Cell], study: Study) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from symbiotic.callbacks.sharded_checkpoint import REST, load
 from symbiotic.callbacks.step import StepCallback
-from symbiotic.files import announced, commit, manifest_of, read_json, remove, uncommitted
+from symbiotic.files import announced, commit, read_manifest, remove, uncommitted
 from symbiotic.training.finite import lost_values
 from symbiotic.training.optimizer_state import numbered
 
@@ -90,7 +90,7 @@ def newest_step(folder: Path | str) -> int:
 def newest_manifest(folder: Path | str) -> dict[str, Any]:
     """What the manifest of `newest_valid` says; nothing where there is none."""
     newest = newest_valid(folder)
-    return dict(read_json(manifest_of(newest)) or {}) if newest else {}
+    return read_manifest(newest) if newest else {}
 
 
 class AtomicCheckpointIO(CheckpointIO):

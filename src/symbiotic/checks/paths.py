@@ -47,4 +47,5 @@ def _check_origin(origin: Mapping[str, Any], key: str) -> None:
 
 
 def _listed(value: Any) -> Sequence[str]:
-    return [value] if isinstance(value, str) else [str(part) for part in value]
+    several = isinstance(value, Sequence) and not isinstance(value, str)
+    return [str(part) for part in value] if several else [str(value)]

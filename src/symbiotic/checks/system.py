@@ -12,6 +12,8 @@ from symbiotic.layout import components, experts_seen, groups, router_of, router
 from symbiotic.schema import KINDS, ConfigError, Model, System, near_miss
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+_LARGEST = 1 << 20
+"""Of any size of the model; beyond it a typing error is likelier than a model."""
 
 
 def check_layout(model: Model, system: System) -> None:
@@ -25,6 +27,10 @@ def check_layout(model: Model, system: System) -> None:
 def _model(model: Model) -> None:
     sizes = "width num_layers vocab_size expert_hidden patch_dim max_grid"
     at_least(model, "model.", 1, sizes + (" num_experts" if model.num_experts else ""))
+    for name in (*sizes.split(), "num_experts"):
+        require(
+            getattr(model, name) <= _LARGEST, f"model.{name}", getattr(model, name), f"must be at most {_LARGEST:,}"
+        )
     at_least(model, "model.", 0, "num_experts dense_hidden init_std")
     at_least(model, "model.", 1, "projector_hidden" if model.projector_hidden is not None else "")
     positive(model, "model.", "norm_eps")

@@ -32,10 +32,20 @@ PRECISIONS = (
 )
 """Words of lightning.Trainer; a test holds both against its source."""
 
-_BY_RUN = ("plugins", "use_distributed_sampler", "num_sanity_val_steps", "limit_val_batches", "enable_model_summary")
+_BY_RUN = ("plugins", "use_distributed_sampler", "num_sanity_val_steps", "limit_val_batches", "enable_model_summary",
+           "enable_checkpointing", "reload_dataloaders_every_n_epochs", "barebones")  # fmt: skip
+_LENGTH = (
+    "max_epochs",
+    "min_epochs",
+    "min_steps",
+    "max_time",
+    "limit_train_batches",
+    "overfit_batches",
+    "fast_dev_run",
+)
 TRAINER_SET_BY = {
     "max_steps": "phases.steps",
-    "max_epochs": "phases.steps",
+    **dict.fromkeys(_LENGTH, "phases.steps"),
     "accumulate_grad_batches": "data.micro_batches and trainer.devices",
     "gradient_clip_val": "rates.clip",
     "callbacks": "the group callbacks",

@@ -6,6 +6,7 @@ what would be right. Types, unknown and missing keys are `schema.parse`'s busine
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tempfile
@@ -59,7 +60,8 @@ def _run(config: Config) -> None:
     at_least(config, "", 1, "threads log_every save_every probe_samples")
     require(config.threads <= 1024, "threads", config.threads, "must be at most 1024")
     require(config.seed < 2**32, "seed", config.seed, "must be below 2**32")
-    require(bool(re.fullmatch(r"[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
+    require(bool(config.run_dir), "run_dir", "''", "must name a folder")
+    require(bool(re.fullmatch(r"(?!\.+$)[\w.-]+", config.name)), "name", config.name, "must be one plain folder name")
     known("metric", [config.metric] if config.metric else [], METRICS, "score")
     for name in ("runs", "data", "cache"):
         require(bool(getattr(config.paths, name)), f"paths.{name}", "''", "must name a folder")
@@ -137,6 +139,7 @@ def _objective(config: Config) -> None:
     weights = "ce_weight flow_weight image_ce_weight balance_weight z_weight task_weight"
     at_least(objective, "objective.", 0, f"{weights} time_std codebook_size")
     share(objective, "objective.", "caption_dropout")
+    require(math.isfinite(objective.time_mean), "objective.time_mean", objective.time_mean, "must be a finite number")
     at_least(objective.sampler, "objective.sampler.", 1, "steps")
     at_least(objective.sampler, "objective.sampler.", 0, "guidance temperature top_k")
     top_p = objective.sampler.top_p

@@ -51,7 +51,8 @@ def check_unpacked(body: bytes) -> None:
     """body: of `png_pixels`. Unpacks the pixels, a little at a time, and keeps nothing.
 
     Raises:
-        Refused: they are more bytes than the header announces, which decoders leave where they are.
+        Refused: they are more bytes than the header announces, which decoders leave where they are, or fewer, where
+            decoders put zeros.
     """
     announced = png_bytes(body[16:29])
     unpacker, found, at = zlib.decompressobj(), 0, len(PNG)
@@ -67,6 +68,8 @@ def check_unpacked(body: bytes) -> None:
                 raise Refused("image_undecodable", f"it unpacks to more than the {announced:,} bytes it announces")
             rest = unpacker.unconsumed_tail
         at += 12 + size
+    if announced is not None and unpacker.eof and found < announced:
+        raise Refused("image_truncated", f"it unpacks to {found:,} of the {announced:,} bytes it announces")
 
 
 def png_bytes(header: bytes) -> int | None:

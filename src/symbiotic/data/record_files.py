@@ -26,6 +26,9 @@ from symbiotic.data.tar import RECORDS, LocalSource, OpenSource, Source, find_fi
 _CHUNK = 1 << 20  # bytes read at a time
 _MAX_LINE, _MAX_LIST, _MAX_IMAGE = 16 << 20, 1 << 30, 64 << 20  # bytes
 
+_DECODED = 256 << 20
+"""Bytes of a parquet file that are decoded at a time, about."""
+
 Row = tuple[int, int, bytes | dict[str, Any] | Refused]
 """(its offset, that of the next one, what stands there)."""
 
@@ -156,12 +159,16 @@ def _rows(source: Source, start: int) -> Iterator[Row]:
     try:
         file = parquet.ParquetFile(_AsFile(source))
         for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            listed = file.read_row_group(group).to_pylist() if number + rows > start else []
-            for at, row in enumerate(listed, number):
-                if at >= start:
-                    yield at, at + 1, row
-            number += rows
+            about, at = file.metadata.row_group(group), number
+            number += about.num_rows
+            if number <= start:
+                continue
+            some = max(16, min(1024, _DECODED // max(1, about.total_byte_size)))  # a value may stand in every row
+            for batch in file.iter_batches(some, row_groups=[group]):
+                for row in batch.to_pylist():
+                    if at >= start:
+                        yield at, at + 1, row
+                    at += 1
     except (ArrowException, OSError, ValueError) as error:
         raise Refused("unreadable_shard", f"not a readable parquet file ({str(error).splitlines()[0]})") from error
 

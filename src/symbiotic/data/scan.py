@@ -101,7 +101,7 @@ def _is_part_of_rest(group: Group, found: ShardSample | BadSample, fault: Refuse
 
 def _end(name: str, size: int, stop: int, fault: Refused | None, any_samples: bool) -> ShardEnd:
     if fault is not None:
-        unread = size - stop
+        unread = max(0, size - stop)  # what ends inside the padding of its last member stops behind its end
         reason = printable(f"{fault.reason}; {unread} bytes from byte {stop} on are not read")
         return ShardEnd(size, unread, BadSample(name, printable(fault.key), fault.kind, reason))
     empty = BadSample(name, "", "empty_shard", f"no sample in {size} bytes")

@@ -125,6 +125,8 @@ def find_files(given: Sequence[str], key: str, suffixes: Sequence[str]) -> list[
             found |= {check_local(str(file)) for file in files}
         except DataError as error:
             raise ConfigError(f"{key}={error}") from error
+        except (ValueError, NotImplementedError) as error:  # of glob
+            raise ConfigError(f"{key}={part}: no pattern ({error}); {what_is_right}") from error
         if not files:
             special = "no plain file" if path.exists() else "no such file"
             what = f"no {listed} in this folder" if path.is_dir() else special

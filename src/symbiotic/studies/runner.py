@@ -112,18 +112,25 @@ class StudyRun:
         self.prepare()
         os.environ[RUNNER] = str(os.getpid())
         begun: dict[str, int] = {}
+        alone: set[str] = set()  # were at work when a worker ended, and nobody knows which of them ended it
         while cells := [cell for cell in self.begin() if begun.get(cell.run, 0) <= self.study.retries]:
-            again = [cell for cell in cells if cell.run in begun]
+            again = [cell for cell in cells if cell.run in begun or cell.run in alone]
             if again:
                 self.say(f"begun again: {listed(cell.run for cell in again)}")
+            one_by_one = [cell for cell in cells if cell.run in alone]
+            cells = one_by_one or cells
             before, lines = {cell.run: printed(cell) for cell in cells}, len(ledger.read(self.folder))
-            self._launch(cells)
+            for batch in [[cell] for cell in one_by_one] or [cells]:
+                self._launch(batch)
             if self._over_budget():
                 break
             ended = ledger.read(self.folder)[lines:]
             failed, told = ledger.failures(ended), {entry.run for entry in ended}
             tried = [cell for cell in cells if printed(cell) != before[cell.run] or cell.run in told]
             for cell in tried or cells:  # a worker's end takes the jobs with it that had not begun
+                if tried and cell.run not in told and not one_by_one:
+                    alone.add(cell.run)
+                    continue
                 hopeless = failed[cell.run].status in HOPELESS if cell.run in failed else False
                 begun[cell.run] = self.study.retries + 1 if hopeless else begun.get(cell.run, 0) + 1
         return not self.left()
@@ -150,7 +157,8 @@ class StudyRun:
         lines = []
         for cell in left:
             why, at_work = failed.get(cell.run), owner(cell.folder)
-            text = f"{why.status}: {why.text}" if why else "not begun"
+            ended = "its process ended without a word" if printed(cell) else "not begun"
+            text = f"{why.status}: {why.text}" if why else ended
             text = f"{at_work} is at work on it" if at_work else text
             lines.append(f"missing: {cell.arm}, seed {cell.seed} ({cell.folder}): {text}")
         if self._over_budget():
