@@ -49,7 +49,7 @@ test-slow: $(STAMP) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow -n $(PROCESSES) $(ARGS)
 
 test-peer: $(PEER) ## hold the pretrained families against transformers: logits, files, generation
-	$(BIN)/python -m pytest -m peer tests/peer $(ARGS)
+	$(BIN)/python -m pytest -m peer tests/peer tests/images $(ARGS)
 
 $(PEER): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[hf]'

@@ -78,6 +78,7 @@ WRONG = {  # the command line -> what the line says
     "model.width=1000000000": r"model\.width=1000000000: must be at most 1,048,576",
     "data=shards data.source.tokenizer=/dev/null data.source.shards=3": r"data\.source\.shards=3: no such file",
     "+trainer.limit_train_batches=5": r"trainer\.limit_train_batches=5: must not be set; it follows from phases\.steps",
+    "system=utamoe phases=utamoe lora=none": r"lora\.rank=0: a phase trains the low-rank updates that another freezes",
     "+trainer.min_steps=x": r"trainer\.min_steps=x: must not be set",
     "+trainer.fast_dev_run=true": r"trainer\.fast_dev_run=true: must not be set",
     "hydra.output_subdir=.hydra": r"hydra\.output_subdir=\.hydra: must be null; a run folder has its own config",

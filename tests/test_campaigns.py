@@ -22,7 +22,7 @@ FEW = (
 )
 EVALUATED = ((*subjects.MEMORY, "data.micro_batches=1", "data.num_workers=2", "evaluation.every=5", "save_every=8"),)
 CAMPAIGNS: dict[str, Callable[[Path, Path], dict[str, Any]]] = {
-    "9 kills": lambda shared, folder: campaigns.kills(FEW, 9, shared, folder, times=5),
+    "20 kills": lambda shared, folder: campaigns.kills(FEW, 20, shared, folder, times=5),
     "4 signals": lambda shared, folder: campaigns.signals(EVALUATED, 4, shared, folder, seed=1),
     "10 kills in a save": lambda shared, folder: saves.saves(10, 20, folder),
     "a kill at every line of a save": lambda shared, folder: saves.saves_at_every_line(folder),

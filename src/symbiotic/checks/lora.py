@@ -19,6 +19,9 @@ def check_lora(config: Config) -> None:
     at_least(lora, "lora.", 0, "rank")
     positive(lora, "lora.", "alpha")
     if not lora.rank:
+        counted_on = {"lora" in phase.frozen for phase in config.phases.list} == {True, False}
+        right = "a phase trains the low-rank updates that another freezes; must be positive, as lora=r16 has it"
+        require(not counted_on, "lora.rank", lora.rank, right)
         return
     require(bool(lora.targets), "lora.targets", lora.targets, "must name weights, as lora=r16 does")
     for target in lora.targets:

@@ -18,7 +18,7 @@ from symbiotic.training.roles import assign_roles, role_lr
 
 FAMILIES = (
     *("embeddings", "latents in, flow time", "attention and norms", "routers", "routed experts", "shared expert"),
-    *("dense FFN", "heads: words", "heads: latents"),
+    *("dense FFN", "heads: words", "heads: latents", "task routers and mixes", "low-rank updates", "vision tower"),
 )
 """Components of any system, whatever its pools and streams are called."""
 

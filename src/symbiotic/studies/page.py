@@ -25,7 +25,7 @@ from symbiotic.studies.report_tables import counted
 from symbiotic.studies.study import Study, read_study
 
 SAID = "## What it says"
-SECTIONS = ("verdicts", "results", "factors", "forgetting", "speed", "samples")
+SECTIONS = ("verdicts", "results", "factors", "forgetting", "speed", "curves", "routing", "samples", "audit")
 """Of the report, in the order of the page."""
 
 
