@@ -124,7 +124,7 @@ WRONG = {  # the command line -> what the line says
     "phases.list=[{name:a,until:450,route_by:truth}]": r"phases\.list.*has no effect: the phase a has route_by: truth",
     "phases.list=[{name:a,until:450,route_by:true}]": r"route_by=True: must be one of predicted, truth",
     "+phases.stage1_steps=5": r"stage1_steps=5: has no effect: no entry of phases\.list refers to it",
-    "phases=utamoe phases.stage1_steps=451": r"phases\.stage1_steps=451: must be at most phases\.steps=450",
+    "phases=utamoe lora=r16 phases.stage1_steps=451": r"phases\.stage1_steps=451: must be at most phases\.steps=450",
     "lora.rank=-1": r"lora\.rank=-1: must be at least 0",
     "lora.rank=8": r"lora\.targets=\[\]: must name weights, as lora=r16 does",
     "lora.alpha=8": r"lora\.alpha=8: has no effect: lora\.rank is 0; set lora=r16",

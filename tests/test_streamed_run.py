@@ -170,6 +170,21 @@ def test_the_config_of_the_documents_is_one(project_root: Path, tmp_path: Path) 
         assert origin.format, name
 
 
+@pytest.mark.parametrize(("task", "both"), [("t2i", True), ("mmu", False)])
+def test_tasks_are_those_of_the_files_whatever_a_source_is_called(task: str, both: bool, files: Path) -> None:
+    sources = f"{{pairs: {{format: img2dataset, files: '{files}/pairs', fit: crop, side: 8, task: {task}"
+    sources += f"{', question: what' if task == 'mmu' else ''}}}, lm: {{format: text, files: '{files}/texts.jsonl'}}}}"
+    overrides = ["experiment=smoke", "data=sources", f"data.source.sources={sources}", "data.row_tokens=64"]
+    overrides += [f"data.source.tokenizer={files / 'tokenizer.json'}", "system=utamoe", "phases=none"]
+    overrides += [f"~mix.weights.{name}" for name in ("t2i", "t2i_long", "mmu")] + ["+mix.weights.pairs=3"]
+    overrides += ["~init.stage0.mix.weights.lm_unreplayed", "~init.stage0.mix.weights.mmu"]
+    if both:
+        assert compose(overrides).system.task_router
+        return
+    with pytest.raises(ConfigError, match=r"system\.task_router=true: the mix trains understanding only"):
+        compose(overrides)
+
+
 def test_codes_of_images_that_nobody_has_seen_are_refused(given: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"objective=autoregressive: needs codes of all images in advance"):
         compose(["experiment=smoke", *given, "objective=autoregressive_smoke"])

@@ -116,10 +116,19 @@ def test_a_config_builds_it(tmp_path: Path) -> None:
         instantiate({**node, "layout": "taming"}, "objective.image_tokenizer")
 
 
+@pytest.mark.parametrize("layout", ["llamagen", "chameleon"])
+def test_a_folder_of_diffusers_is_of_no_other_layout(layout: Any, tmp_path: Path) -> None:
+    """Its weights would be taken, and other codes made of them."""
+    save_file(llamagen_state(), tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
+    with pytest.raises(ConfigError, match=rf"layout={layout}: .* is a VQModel of diffusers; must be diffusers"):
+        VQCheckpoint(str(tmp_path), layout).prepare(HERE, HERE)
+
+
 def test_another_codebook_size_is_one_line_with_the_right_one(tmp_path: Path) -> None:
     path = tmp_path / "vq.safetensors"
     save_file(llamagen_state(), path)
-    line = rf"objective\.image_tokenizer\.codebook_size=16384: the codebook of {path} has 24 codes; set it to 24"
+    line = rf"objective\.image_tokenizer\.codebook_size=16384: the codebook of {path} has 24 codes; set it to 24, and"
     with pytest.raises(ConfigError, match=line):
         _ = VQCheckpoint(str(path), "llamagen", 16384).codebook_size
     with pytest.raises(ConfigError, match=line):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from symbiotic.files import write_bytes
+from symbiotic.files import read_json, write_bytes
 from symbiotic.images.layouts import CODES, arguments, own_names, to_diffusers
 from symbiotic.images.quantiser import nearest
 from symbiotic.images.tokenizer import KEY, ImageTokenizer
@@ -68,7 +68,10 @@ class VQCheckpoint:
 
     @cached_property
     def state(self) -> dict[str, Tensor]:
-        """The weights, under the names of `diffusers.VQModel`."""
+        """The weights, under the names of `diffusers.VQModel`. Raises ConfigError: none, or of another layout."""
+        about = read_json(self.path / "config.json") if self.path.is_dir() else None
+        if self.layout != "diffusers" and isinstance(about, dict) and about.get("_class_name") == "VQModel":
+            raise ConfigError(f"{KEY}.layout={self.layout}: {self.path} is a VQModel of diffusers; must be diffusers")
         return to_diffusers(_read(self.path, self.layout))
 
     @property
@@ -76,7 +79,7 @@ class VQCheckpoint:
         """Raises ConfigError: the config says another one than the file."""
         found = len(self.state[CODES])
         if self.given not in (None, found):
-            what = f"the codebook of {self.path} has {found} codes; set it to {found}, or to null"
+            what = f"the codebook of {self.path} has {found} codes; set it to {found}, and objective.codebook_size too"
             raise ConfigError(f"{KEY}.codebook_size={self.given}: {what}")
         return found
 
