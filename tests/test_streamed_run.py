@@ -179,9 +179,13 @@ def test_tasks_are_those_of_the_files_whatever_a_source_is_called(task: str, bot
     overrides += [f"data.source.tokenizer={files / 'tokenizer.json'}", "system=utamoe", "phases=none"]
     overrides += [f"~mix.weights.{name}" for name in ("t2i", "t2i_long", "mmu")] + ["+mix.weights.pairs=3"]
     overrides += ["~init.stage0.mix.weights.lm_unreplayed", "~init.stage0.mix.weights.mmu"]
+    plain = [override for override in overrides if override not in ("system=utamoe", "phases=none")]
     if both:
         assert compose(overrides).system.task_router
+        assert compose([*plain, "phases.shield_steps=1"]).phases.shield_steps == 1
         return
+    with pytest.raises(ConfigError, match="the mix trains no generation samples"):
+        compose([*plain, "phases.shield_steps=1"])
     with pytest.raises(ConfigError, match=r"system\.task_router=true: the mix trains understanding only"):
         compose(overrides)
 

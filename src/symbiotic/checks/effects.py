@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from symbiotic.checks.lora import unmatched
-from symbiotic.checks.rules import trained_sets
+from symbiotic.checks.rules import trained_tasks
 from symbiotic.checks.trainer import SHARDED
 from symbiotic.layout import generates, kinds_of, shared_scopes, shield_kinds, trained_names
 from symbiotic.schema import Config, ConfigError
@@ -121,8 +121,7 @@ def _stage0(s: Setting, key: str) -> str | None:
 
 
 def _generation(s: Setting, key: str) -> str | None:
-    generated = any(name.startswith("t2i") for name in trained_sets(s.config))
-    return None if generated else "the mix trains no generation samples"
+    return None if "generation" in trained_tasks(s.config) else "the mix trains no generation samples"
 
 
 def _task_router(s: Setting, key: str) -> str | None:

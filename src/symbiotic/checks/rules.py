@@ -52,7 +52,21 @@ def check_weights(key: str, weights: Mapping[str, float], drop: Sequence[str], s
     require(bool(left), key, dict(weights), f"nothing is left of it{without}; some set must have a weight")
 
 
-def trained_sets(config: Config) -> list[str]:
-    """The data sets that some phase trains on."""
+def trained_tasks(config: Config) -> set[str]:
+    """`understanding`, `generation`: the tasks that some phase trains on. Of sources their files decide, and shards of
+    our own, whose records say it themselves, may hold either; of other data sets the name decides."""
     mixes = [weights for _, weights in mix_schedule(config.phases, config.mix)]
-    return [name for weights in mixes for name, weight in weights.items() if weight > 0 and name not in config.mix.drop]
+    sets = {name for weights in mixes for name, weight in weights.items() if weight > 0} - set(config.mix.drop)
+    sources = config.data.source.get("sources")
+    origins = sources if isinstance(sources, Mapping) else {}
+    return {task for name in sets for task in _tasks_of(name, origins.get(name))}
+
+
+def _tasks_of(name: str, origin: Any) -> tuple[str, ...]:
+    if not isinstance(origin, Mapping):
+        return ("generation" if name.startswith("t2i") else "understanding",)
+    form = origin.get("format", "own")
+    if form == "own":
+        return ("understanding", "generation")
+    makes = form == "img2dataset" and str(origin.get("task", "t2i")).startswith("t2i")
+    return ("generation" if makes else "understanding",)

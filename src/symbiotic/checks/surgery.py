@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-from symbiotic.checks.rules import at_least, known, plain, trained_sets
+from symbiotic.checks.rules import at_least, known, plain, trained_tasks
 from symbiotic.layout import trained_names
 from symbiotic.schema import Config, ConfigError
 from symbiotic.training.roles import assign_roles
@@ -44,7 +44,7 @@ def refusal(config: Config) -> str | None:
 
 def _conflict(config: Config) -> str | None:
     """The two tasks are understanding (CE: captions too) and generation (flow); one alone conflicts with nothing."""
-    if not any(name.startswith("t2i") for name in trained_sets(config)):
+    if "generation" not in trained_tasks(config):
         return "the mix trains no generation samples, and one task alone has no conflicts; must be none"
     for key in ("ce_weight", "flow_weight"):
         if getattr(config.objective, key) == 0:

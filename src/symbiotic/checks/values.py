@@ -10,9 +10,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from symbiotic.checks.callbacks import check_callbacks
 from symbiotic.checks.evaluation import check_benchmarks
@@ -20,7 +18,7 @@ from symbiotic.checks.lora import check_lora
 from symbiotic.checks.optimizer import check_optimizer
 from symbiotic.checks.phases import check_phases
 from symbiotic.checks.pretrained import check_pretrained
-from symbiotic.checks.rules import at_least, check_weights, known, positive, require, share, trained_sets
+from symbiotic.checks.rules import at_least, check_weights, known, positive, require, share, trained_tasks
 from symbiotic.checks.surgery import check_surgery
 from symbiotic.checks.system import check_layout
 from symbiotic.checks.trainer import check_trainer
@@ -123,26 +121,9 @@ def _compiles(key: str, pattern: str) -> None:
 
 
 def _tasks(config: Config) -> None:
-    sources = config.data.source.get("sources")
-    named = sources if isinstance(sources, Mapping) else {}
-    tasks = {_task(name, named.get(name)) for name in trained_sets(config)}
-    if None in tasks:  # records of our own say it themselves
-        return
-    right = (
-        f"the mix trains {', '.join(map(str, tasks))} only, and it learns from both; must be false, or the mix another"
-    )
+    tasks = trained_tasks(config)
+    right = f"the mix trains {', '.join(tasks)} only, and it learns from both; must be false, or the mix another"
     require(len(tasks) > 1 or not config.system.task_router, "system.task_router", True, right)
-
-
-def _task(name: str, origin: Any) -> str | None:
-    """Of a data set, by what it is made of; of the embedded ones by the name."""
-    if not isinstance(origin, Mapping):
-        return "generation" if name.startswith("t2i") else "understanding"
-    form = origin.get("format", "own")
-    if form == "own":
-        return None
-    made = form == "img2dataset" and str(origin.get("task", "t2i")).startswith("t2i")
-    return "generation" if made else "understanding"
 
 
 def _mix(key: str, mix: Mix, sets: tuple[str, ...]) -> None:
